@@ -1,0 +1,70 @@
+"""Attention without softmax, in linear time: SimA, SOFT, X-ViT, External Attention and AFT.
+
+Importing this loads torch and nothing heavier; `sansmax.layers`, `sansmax.create_model` and the rest load what they
+need (timm, torchvision) when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sansmax.ops.aft import (
+    aft_conv,
+    aft_conv_init_state,
+    aft_conv_step,
+    aft_full,
+    aft_full_init_state,
+    aft_full_step,
+    aft_local,
+    aft_local_init_state,
+    aft_local_step,
+    aft_simple,
+    aft_simple_init_state,
+    aft_simple_step,
+)
+from sansmax.ops.external import external
+from sansmax.ops.sima import sima, sima_init_state, sima_step
+from sansmax.ops.soft import newton_inverse, soft
+from sansmax.ops.softmax import softmax
+from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
+
+if TYPE_CHECKING:
+    from sansmax import layers, models
+    from sansmax.models import create_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "aft_conv",
+    "aft_conv_init_state",
+    "aft_conv_step",
+    "aft_full",
+    "aft_full_init_state",
+    "aft_full_step",
+    "aft_local",
+    "aft_local_init_state",
+    "aft_local_step",
+    "aft_simple",
+    "aft_simple_init_state",
+    "aft_simple_step",
+    "create_model",
+    "external",
+    "layers",
+    "models",
+    "newton_inverse",
+    "sima",
+    "sima_init_state",
+    "sima_step",
+    "soft",
+    "softmax",
+    "xnorm",
+    "xnorm_init_state",
+    "xnorm_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("layers", "models"):
+        return import_module(f"sansmax.{name}")
+    if name == "create_model":
+        return import_module("sansmax.models").create_model
+    raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

@@ -1,0 +1,28 @@
+"""The file name is the entry: what a package offers is what lies in its folder."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+
+
+def names(package: str) -> list[str]:
+    """The public modules of `package`, sorted: every file or folder without a leading underscore."""
+    path = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Imports `package.name`; raises ValueError that lists all names and the nearest if there is none."""
+    return importlib.import_module(f"{package}.{pick(package.rpartition('.')[2], name, names(package))}")
+
+
+def pick(kind: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is in `known`, dashes read as underscores; else a ValueError with the nearest."""
+    known = list(known)
+    if (found := name.replace("-", "_")) in known:
+        return found
+    near = difflib.get_close_matches(found, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown name {name!r} in {kind}: expected one of {', '.join(known)}{hint}")
