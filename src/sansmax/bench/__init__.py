@@ -1,0 +1,1 @@
+"""Figures: how long, how much memory, on which machine; and the report that shows them."""

@@ -1,0 +1,61 @@
+"""What several layers share."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._contract import Grid, Mixer
+
+__all__ = ["HeadsMixer", "state_dtype"]
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """Streaming sums are kept in float32 or better."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class HeadsMixer(Mixer):
+    """qkv projection and heads as in timm's Attention around an operator on (B, H, N, D)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q (B, H, N, D), k, v (B, H, M, D) -> (B, H, N, D)."""
+        raise NotImplementedError
+
+    def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: q, k, v (B, H, D) -> (B, H, D) and the next state."""
+        raise NotImplementedError
+
+    def mix(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool, grid: Grid | None
+    ) -> Tensor:
+        return self.attend(*self.heads(x, context), mask, causal).transpose(1, 2).flatten(2)
+
+    def heads(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, C), context (B, M, C) -> q (B, H, N, D), k, v (B, H, M, D), strided views."""
+        if context is None:
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, D)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            weight, bias, rows = self.qkv.weight, self.qkv.bias, self.attn_dim
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+            q = F.linear(x, weight[:rows], q_bias).unflatten(-1, (self.num_heads, self.head_dim))
+            kv = F.linear(context, weight[rows:], kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
+            q, (k, v) = q.transpose(1, 2), kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        self.check_tokens("x", x, ("B", self.dim))
+        q, k, v = (t.squeeze(2) for t in self.heads(x[:, None]))
+        y, state = self.attend_step(q, k, v, state)
+        return self.output(y.flatten(1), x), state
+
+    def attend_flops(self, n: int, m: int) -> int:
+        """The operator's own count."""
+        raise NotImplementedError
+
+    def flops(self, n: int, m: int | None = None) -> int:
+        m = n if m is None else m
+        projections = 4 * self.dim * self.attn_dim * (n + m)
+        return projections + self.attend_flops(n, m)

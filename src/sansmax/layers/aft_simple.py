@@ -1,0 +1,52 @@
+"""AFT-simple: one gated average over all tokens, without position biases."""
+
+from torch import Tensor
+
+from ..ops.aft import aft_simple, aft_simple_init_state, aft_simple_step
+from ..ops.aft._triple import Triple
+from ..ops.aft.simple import flops
+from ._aft import PAPER, AFTMixer
+from ._contract import Grid, Traits
+from ._parts import state_dtype
+
+__all__ = ["AFTSimple"]
+
+
+class AFTSimple(AFTMixer):
+    """out = sigmoid(Q) * sum_t softmax over tokens (K)_t * V_t, channel by channel; parameters as in softmax.
+
+    Args:
+        out_proj: the linear layer `proj` behind; the paper has none in its equations.
+
+    Other options: see Mixer. num_heads matters to qk_norm alone.
+    """
+
+    traits = Traits(
+        title="AFT-simple",
+        paper=PAPER,
+        computes="one average of the values for all tokens, weighted by exp(key), then gated",
+        cost="N D",
+        causal=True,
+        cross=False,
+        mask=True,
+        streaming=True,
+        exp_free=False,
+    )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grid: Grid | None
+    ) -> Tensor:
+        return aft_simple(q, k, v, causal=causal, mask=mask)
+
+    def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: Triple) -> tuple[Tensor, Triple]:
+        return aft_simple_step(q, k, v, state)
+
+    def init_state(self, batch_size: int) -> Triple:
+        weight = self.qkv.weight
+        return aft_simple_init_state(batch_size, self.dim, dtype=state_dtype(weight), device=weight.device)
+
+    def state_size(self, n: int) -> int:
+        return 3 * self.dim
+
+    def flops(self, n: int, m: int | None = None) -> int:
+        return self.projection_flops(n) + flops(1, n, self.dim)

@@ -1,0 +1,156 @@
+"""SOFT: a Gaussian kernel in place of softmax, through landmarks and the inverse of their kernel matrix."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import _check
+from ..ops._backend import no_autocast
+from ..ops.soft import flops, soft
+from ._contract import Grid, Mixer, Traits
+
+__all__ = ["SOFT"]
+
+
+class SOFT(Mixer):
+    """out = P Z (P^T V) + conv(V); queries and keys are one, P is their Gaussian kernel with the landmarks.
+
+    The landmarks are made of the queries on the patch grid: pooled or strided, then a convolution over the
+    channels of a head (one for all heads), LayerNorm and GELU. Tokens in front of the grid (a class token)
+    are ordinary queries and keys, but enter neither a landmark nor the convolution of V.
+
+    Args:
+        landmarks: how many, a square number: the grid is averaged into as many equal regions, so the cost
+            stays linear at any image size (a grid side shorter than its root gives one landmark a token). 49
+            as in the paper.
+        ratio: in place of `landmarks`, as in the published code: a convolution of this size and stride, so
+            that their number grows with the image. Rows and columns that do not fill a stride are left out.
+        conv_size: width of the depth-wise convolution of V, one filter per head, odd, added to the output as
+            in the published code (9, 5, 3 in its stages); None for the paper's equation, without it.
+        inverse, iterations: see sansmax.ops.soft.
+        batchwise: see sansmax.ops.soft; True is the published scale of the inverses "norm" and "release2021",
+            which makes an image's output depend on its batch-mates.
+        grid, num_prefix_tokens: as in set_input.
+
+    Other options: see Mixer. Published names: q = W_q, v = W_v, landmark = attn.Qlandmark_op, landmark_norm =
+    attn.Qnorm_act.0, conv = attn.conv, proj = ff.
+    """
+
+    traits = Traits(
+        title="SOFT",
+        paper="Lu et al., SOFT: Softmax-free Transformer with Linear Complexity, NeurIPS 2021 "
+        "(arXiv 2110.11945)",
+        computes="a Gaussian kernel of the queries, through landmarks and a Newton inverse of their kernel",
+        cost="N m D + N m^2 + m^3",
+        causal=False,
+        cross=False,
+        mask=True,
+        streaming=False,
+        exp_free=False,
+        needs="grid",
+    )
+    head_norms = ("q_norm",)
+    no_causal = "every landmark is made of tokens from the whole grid"
+    no_cross = "its queries and keys are one projection"
+
+    q: nn.Linear
+    v: nn.Linear
+
+    def __init__(
+        self,
+        dim: int,
+        *args,
+        landmarks: int = 49,
+        ratio: int | None = None,
+        conv_size: int | None = 3,
+        inverse: str = "plain",
+        iterations: int = 20,
+        batchwise: bool = False,
+        grid: Grid | None = None,
+        num_prefix_tokens: int | None = None,
+        **words,
+    ) -> None:
+        super().__init__(dim, *args, inputs={"q": dim, "v": dim}, **words)
+        side = math.isqrt(max(landmarks, 0))
+        if (side * side != landmarks or side < 1) if ratio is None else ratio < 1:
+            raise ValueError(
+                f"{self.name}: landmarks must be a square number or ratio at least 1, got "
+                f"landmarks={landmarks} and ratio={ratio}; use landmarks=49"
+            )
+        if conv_size is not None and (conv_size < 1 or conv_size % 2 == 0):
+            raise ValueError(
+                f"{self.name}: conv_size must be odd, got {conv_size}; use {max(conv_size, 0) + 1}"
+            )
+        self.landmark_side, self.ratio = side, ratio
+        self.inverse, self.iterations, self.batchwise = inverse, iterations, batchwise
+        width, stride = self.head_dim, ratio or 1
+        self.landmark = nn.Conv2d(width, width, stride, stride, bias=False, **self.factory)
+        self.landmark_norm = nn.LayerNorm(width, eps=1e-5, **self.factory)
+        self.conv = None
+        if conv_size is not None:
+            heads, pad = self.num_heads, conv_size // 2
+            self.conv = nn.Conv2d(
+                heads, heads, conv_size, padding=pad, groups=heads, bias=False, **self.factory
+            )
+        if grid is not None:
+            self.set_input(grid, num_prefix_tokens or 0)
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def mix(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool, grid: Grid | None
+    ) -> Tensor:
+        rows, columns, prefix = self.layout(x.shape[1], grid)
+        q, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.v))
+        q = self.q_norm(q) * self.head_dim**-0.25
+        q, v = _check.cleared(mask, q, v)  # (B, H, N, D); the biases fill masked tokens anew
+        landmarks = self.landmarks(q[:, :, prefix:], rows, columns)
+        y = soft(
+            q.to(landmarks.dtype),
+            v.to(landmarks.dtype),
+            landmarks,
+            inverse=self.inverse,
+            iterations=self.iterations,
+            mask=mask,
+            batchwise=self.batchwise,
+        ).to(v.dtype)
+        y = y.transpose(1, 2)  # (B, N, H, D)
+        if self.conv is not None:
+            batch = v.shape[0]
+            image = v[:, :, prefix:].permute(0, 3, 1, 2).reshape(-1, self.num_heads, rows, columns)
+            image = self.conv(image).unflatten(0, (batch, -1)).flatten(3).permute(0, 3, 2, 1)  # (B, P, H, D)
+            y = y + F.pad(image, (0, 0, 0, 0, prefix, 0))
+        return y.flatten(2)
+
+    def landmarks(self, q: Tensor, rows: int, columns: int) -> Tensor:
+        """q (B, H, rows * columns, D), row-major -> (B, H, m, D) in the dtype of the parameters."""
+        counts = self.landmark_grid(rows, columns)
+        # The inverse multiplies errors by its condition: autocast stays outside.
+        with no_autocast(q):
+            image = q.to(self.landmark.weight.dtype).mT.reshape(-1, self.head_dim, rows, columns)
+            if self.ratio is None:
+                image = F.adaptive_avg_pool2d(image, counts)
+            tokens = self.landmark(image).flatten(2).mT.unflatten(0, q.shape[:2])
+            return F.gelu(self.landmark_norm(tokens))
+
+    def landmark_grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many landmarks a patch grid has in each direction."""
+        if self.ratio is None:
+            return min(self.landmark_side, rows), min(self.landmark_side, columns)
+        if min(rows, columns) < self.ratio:
+            raise ValueError(
+                f"{self.name}: the grid must have at least ratio={self.ratio} rows and columns, got "
+                f"({rows}, {columns}); use a smaller ratio, or landmarks"
+            )
+        return rows // self.ratio, columns // self.ratio
+
+    def flops(self, n: int, m: int | None = None) -> int:
+        rows, columns, _ = self.layout(n, None)
+        width = self.head_dim
+        count = math.prod(self.landmark_grid(rows, columns))
+        convolutions = count * self.landmark.weight.numel() * self.num_heads
+        if self.conv is not None:
+            convolutions += rows * columns * width * self.conv.weight.numel()
+        options = {"inverse": self.inverse, "iterations": self.iterations}
+        attention = flops(1, self.num_heads, n, width, width, count, **options)
+        return 6 * n * self.dim * self.dim + 2 * convolutions + attention

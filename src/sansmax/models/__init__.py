@@ -1,0 +1,9 @@
+"""Whole networks, registered in timm when this package is imported: every file without a leading underscore."""
+
+from .._find import load, names
+from ._vit import ViT, create_model
+
+__all__ = ["ViT", "create_model"]
+
+for _name in names(__name__):
+    load(__name__, _name)

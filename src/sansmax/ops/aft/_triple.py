@@ -1,0 +1,131 @@
+"""Sums of exponentially weighted values that neither overflow nor vanish, whatever the keys are.
+
+A `Triple` (num, den, top) stands for the sums `num * exp(top)` = sum_u exp(k_u) v_u and `den * exp(top)` =
+sum_u exp(k_u). `top` is the largest exponent inside, so that `den >= 1`; `top = -inf` marks an empty sum, whatever
+num and den then hold. Tokens lie in dimension -2. `den` and `top` may have one channel where `num` has many (a key
+shared by the channels of a head).
+
+Gradients reach the keys through the `top` of single tokens alone; a `top` that `combine`, `scan` or `total` returns
+is detached, since the sums do not depend on it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Tokens of a chunk of `scan`. Two levels of 32 leave (T / 1024)^2 pairs: fewer than T while T < 2^20.
+_CHUNK, _LEVELS = 32, 2
+
+
+class Triple(NamedTuple):
+    num: Tensor
+    den: Tensor
+    top: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Triple":
+        """`function` of each of the three tensors."""
+        return Triple(function(self.num), function(self.den), function(self.top))
+
+
+def tokens(k: Tensor, v: Tensor, mask: Tensor | None = None) -> Triple:
+    """One triple per token; `mask` (True = keep, broadcastable to k and to v) empties a token."""
+    if mask is not None:
+        k, v = k.masked_fill(~mask, -torch.inf), v.masked_fill(~mask, 0)
+    return Triple(v, torch.ones_like(k), k)
+
+
+def empty(num_shape: tuple[int, ...], den_shape: tuple[int, ...], like: Tensor) -> Triple:
+    """The sum over nothing, in the dtype and on the device of `like`."""
+    return Triple(like.new_zeros(num_shape), like.new_zeros(den_shape), like.new_full(den_shape, -torch.inf))
+
+
+def weight(exponent: Tensor, top: Tensor) -> Tensor:
+    """exp(exponent - top); 0 for an empty sum (exponent -inf), also where `top` is -inf."""
+    return (exponent - top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+
+
+def combine(*parts: Triple) -> Triple:
+    """The sum of disjoint sums."""
+    top = parts[0].top.detach()
+    for part in parts[1:]:
+        top = torch.maximum(top, part.top.detach())
+    weights = [weight(part.top, top) for part in parts]
+    num, den = parts[0].num * weights[0], parts[0].den * weights[0]
+    for part, w in zip(parts[1:], weights[1:], strict=True):
+        num, den = torch.addcmul(num, part.num, w), torch.addcmul(den, part.den, w)
+    return Triple(num, den, top)
+
+
+def total(x: Triple) -> Triple:
+    """The sum over the tokens, kept as one token."""
+    top = x.top.detach().amax(-2, keepdim=True)
+    weights = weight(x.top, top)
+    num, den = ((weights * part).sum(-2, keepdim=True) for part in (x.num, x.den))
+    return Triple(num, den, top)
+
+
+def finish(x: Triple) -> Tensor:
+    """num / den, and 0 for an empty sum; `x` comes from `combine`, `scan`, `total` or `empty`."""
+    return x.num / x.den.masked_fill(x.den == 0, 1)
+
+
+def shift(x: Triple, by: int) -> Triple:
+    """Entry t becomes entry t - by and the first `by` are empty: `shift(scan(x), 1)` leaves t itself out."""
+    return Triple(_shift(x.num, by), _shift(x.den, by), _shift(x.top, by, -torch.inf))
+
+
+def flip(x: Triple) -> Triple:
+    """Tokens in reverse order: `flip(scan(flip(x)))` sums from t to the end."""
+    return x.map(lambda part: part.flip(-2))
+
+
+def scan(x: Triple) -> Triple:
+    """Prefix sums, entry t inclusive. Any length, no branch on the length or on the values."""
+    top = x.top.detach().cummax(-2).values
+    weights = weight(x.top, top)
+    num, den = _decayed_cumsum([x.num * weights, x.den * weights], top, _LEVELS)
+    return Triple(num, den, top)
+
+
+def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
+    """y_t = sum_{u<=t} exp(top_u - top_t) x_u for each x (..., T, C); `top` never falls, so nothing grows."""
+    if levels == 0:
+        return _in_pairs(xs, top)
+    length = top.shape[-2]
+    front = -length % _CHUNK
+    xs = [F.pad(x, (0, 0, front, 0)).unflatten(-2, (-1, _CHUNK)) for x in xs]
+    top = F.pad(top, (0, 0, front, 0), value=-torch.inf).unflatten(-2, (-1, _CHUNK))  # (..., chunks, _CHUNK, C)
+    # A compiler fuses the pairs; a loop of 32 steps would take it minutes.
+    inside = (_in_pairs if torch.compiler.is_compiling() else _in_turn)(xs, top)
+    last = top[..., -1, :]
+    carried = _decayed_cumsum([y[..., -1, :] for y in inside], last, levels - 1)
+    reach = weight(_shift(last, 1, -torch.inf).unsqueeze(-2), top)
+    ys = [
+        torch.addcmul(y, _shift(carry, 1).unsqueeze(-2), reach).flatten(-3, -2)
+        for y, carry in zip(inside, carried, strict=True)
+    ]
+    return [y.narrow(-2, front, length) for y in ys]
+
+
+def _in_turn(xs: list[Tensor], top: Tensor) -> list[Tensor]:
+    """Token by token, all chunks at once: reads each entry once, 2 to 3 times faster than doubling strides."""
+    decay = weight(top[..., :-1, :], top[..., 1:, :]).unbind(-2)
+    ys = [list(x.unbind(-2)) for x in xs]
+    for y in ys:
+        for t in range(1, len(y)):
+            y[t] = torch.addcmul(y[t], y[t - 1], decay[t - 1])
+    return [torch.stack(y, -2) for y in ys]
+
+
+def _in_pairs(xs: list[Tensor], top: Tensor) -> list[Tensor]:
+    length = top.shape[-2]
+    future = torch.ones(length, length, dtype=torch.bool, device=top.device).triu(1).unsqueeze(-1)
+    weights = weight(top.unsqueeze(-3), top.unsqueeze(-2)).masked_fill(future, 0)  # (..., t, u, C)
+    return [(weights * x.unsqueeze(-3)).sum(-2) for x in xs]
+
+
+def _shift(x: Tensor, by: int, value: float = 0.0) -> Tensor:
+    return F.pad(x, (0, 0, by, 0), value=value).narrow(-2, 0, x.shape[-2])

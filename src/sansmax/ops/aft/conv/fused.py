@@ -1,0 +1,154 @@
+"""AFT-conv as a depth-wise convolution with the kernel, plus the tokens that the kernel does not reach.
+
+Numerators exp(k) v and denominators exp(k) are channels of one convolution. Eq. 6 convolves with exp(w) - 1 and adds
+the sum over ALL tokens: cheapest, but it cancels where a large key lies under a negative w. The positive form
+convolves with exp(w) and sums the tokens out of reach apart, so that nothing is subtracted: 1.4 times the time,
+full precision until a sum underflows. `by_regions` gives each region a maximum of its own and is always right.
+Causal, where one maximum for all rows would let the future decide, is by regions too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._backend import no_autocast
+from .. import _triple
+from ._regions import by_regions
+
+# Eq. 6 multiplies rounding errors by exp(-w), here at most 20.
+_LOWEST_OF_EQ6 = -3.0
+
+# A sum below exp(-60) of the largest key may lack terms that float32 flushed to zero, and exp(w) lifts those.
+_LOWEST_SUM, _HIGHEST_W = -60.0, 40.0
+
+# Up to this length a 0/1 matrix sums the tokens out of reach faster than two cumulative sums do.
+_MATRIX_LENGTH = 256
+
+# From this many taps on PyTorch's own kernel gradient on the CPU takes 3 to 25 times as long as ours.
+_TAPS_OF_OWN_GRADIENT = 25
+
+
+def aft_conv(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], causal: bool, prefix: int
+) -> Tensor:
+    """w is (H, kernel rows, kernel columns), grid (rows, columns); masked keys hold -inf, masked values 0."""
+    dtype = q.dtype
+    with no_autocast(q):
+        q, k, v, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, w))
+        v = v.unflatten(-1, (k.shape[-1], -1))  # (B, T, H, dh)
+        if causal:
+            average = by_regions(k, v, w, grid, prefix, causal)
+        else:
+            average = _centred(k, v, w, grid, prefix)
+        return (q.sigmoid() * average.flatten(-2)).to(dtype)
+
+
+def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """The averages (B, T, H, dh)."""
+
+    def regions(average, k, v, w):
+        return by_regions(k, v, w, grid, prefix, causal=False).contiguous()  # cond wants equal strides
+
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        low, high = w.detach().aminmax()
+        if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
+            return _by_convolution(k, v, w, grid, prefix, eq6=True)[0]
+    average, exact = _by_convolution(k, v, w, grid, prefix, eq6=False)
+    if compiling:
+        return torch.cond(exact, lambda average, *_: average.clone(), regions, (average, k, v, w))
+    return average if exact else regions(average, k, v, w)
+
+
+def _by_convolution(
+    k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, eq6: bool
+) -> tuple[Tensor, Tensor]:
+    """The averages (B, T, H, dh), and whether no sum underflowed; gradients are finite even then."""
+    heads, width = v.shape[-2:]
+    top = k.detach().amax(1, keepdim=True)
+    weights = _triple.weight(k, top)  # (B, T, H)
+    x = torch.cat([(weights.unsqueeze(-1) * v).flatten(-2), weights], -1)  # (B, T, C + H)
+    cells = x[:, prefix:].unflatten(1, grid)  # (B, rows, columns, C + H)
+    everything = x.sum(1, keepdim=True)
+    taps = w.expm1() if eq6 else w.clamp(max=_HIGHEST_W).exp()
+    kernel = torch.cat([taps.repeat_interleave(width, 0), taps]).unsqueeze(1)
+    sums = _depthwise(cells, kernel)
+    if eq6:
+        sums = sums.flatten(1, 2) + everything
+    else:
+        sums = (sums + _out_of_reach(cells, w.shape[1] // 2, w.shape[2] // 2)).flatten(1, 2)
+        if prefix:
+            sums = sums + x[:, :prefix].sum(1, keepdim=True)
+    if prefix:
+        sums = torch.cat([everything.expand(-1, prefix, -1), sums], 1)
+    num, den = sums.split([heads * width, heads], -1)
+    high = w.detach().amax()
+    lost = den < (high.clamp(min=0) + _LOWEST_SUM).exp()
+    exact = ~(lost & (top > -torch.inf)).any() & (high <= _HIGHEST_W)
+    return num.unflatten(-1, (heads, width)) / den.masked_fill(lost, 1).unsqueeze(-1), exact
+
+
+def _out_of_reach(cells: Tensor, row_reach: int, column_reach: int) -> Tensor:
+    """For each cell of (B, rows, columns, C) the sum over all cells outside the kernel around it."""
+    far_rows = _far(cells.sum(2), row_reach).unsqueeze(2)
+    far_columns = _far(cells, column_reach)
+    if row_reach:
+        near = (_distance(cells.shape[1], cells.device) <= row_reach).to(cells.dtype)
+        far_columns = (near @ far_columns.flatten(2)).view_as(cells)
+    return far_rows + far_columns
+
+
+def _far(x: Tensor, reach: int) -> Tensor:
+    """y_t = sum of x_u over |u - t| > reach; tokens in dimension -2."""
+    length = x.shape[-2]
+    # Exported, the graph must serve every length.
+    if not torch.compiler.is_exporting() and length <= _MATRIX_LENGTH:
+        return (_distance(length, x.device) > reach).to(x.dtype) @ x
+    before = F.pad(x.cumsum(-2), (0, 0, reach + 1, 0)).narrow(-2, 0, length)
+    after = F.pad(x.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, reach + 1)).narrow(-2, reach + 1, length)
+    return before + after
+
+
+def _distance(length: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs()
+
+
+def _depthwise(cells: Tensor, kernel: Tensor) -> Tensor:
+    """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside."""
+    # Channels last in memory: no copy. Gathering w into a (T, T) matrix per head takes 4 to 300 times as long.
+    x = cells.movedim(-1, 1)
+    own = x.is_cpu and kernel[0].numel() >= _TAPS_OF_OWN_GRADIENT
+    return (_Depthwise.apply if own else _convolve)(x, kernel).movedim(1, -1)
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    return F.conv2d(x, kernel, padding=_reach(kernel), groups=x.shape[1])
+
+
+def _reach(kernel: Tensor) -> tuple[int, int]:
+    return kernel.shape[2] // 2, kernel.shape[3] // 2
+
+
+class _Depthwise(torch.autograd.Function):
+    """`_convolve`, whose kernel gradient is a convolution of the input with the output's gradient."""
+
+    @staticmethod
+    def forward(x, kernel):
+        return _convolve(x, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, kernel = ctx.saved_tensors
+        rows, columns = _reach(kernel)
+        b, c = grad.shape[:2]
+        # Padded beforehand: with padding that wide the library's convolution falls back to a loop.
+        padded = F.pad(x, (columns, columns, rows, rows)).contiguous()
+        grad_kernel = F.conv2d(
+            padded.view(1, b * c, *padded.shape[2:]), grad.reshape(b * c, 1, *grad.shape[2:]), groups=b * c
+        )
+        return _convolve(grad, kernel.flip(-2, -1)), grad_kernel.view(b, *kernel.shape).sum(0)

@@ -1,0 +1,175 @@
+"""AFT-full as two matrix products, exp(w - max w) @ (exp(k - max k) v) over exp(w - max w) @ exp(k - max k).
+
+A product is blind to terms that leave the range of its dtype: where the largest k meets the smallest w of a row
+(or lies in the future of a causal row) every term may vanish, 0 / 0. `depth` bounds how far below 1 the largest
+term of a row can lie; by it the products run in the dtype of k, in float64, or give way to one exponent per
+(query, key, channel).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..._backend import no_autocast
+from .. import _triple
+
+# exp(-60) leaves 27 nats above the smallest normal float32 for the small terms and values, exp(-600) 108 in float64.
+LIMITS = {torch.float32: 60.0, torch.float64: 600.0}
+
+# Query rows of one product: exp(w) of a block stays in cache and nothing T x T is made without gradients.
+ROWS = 512
+
+# Entries of one (B, rows, T, C) temporary of `direct`.
+ENTRIES = 1 << 21
+
+
+def aft_full(q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], causal: bool) -> Tensor:
+    """`w` is (w,) or its factors (u, v); masked keys are -inf and hold zeros in v."""
+    dtype = q.dtype
+    with no_autocast(q):
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()
+        w = crop(w, k.shape[1])
+
+        def reach(k: Tensor, *w: Tensor) -> Tensor:
+            return depth(k, (rows for _, rows in biases(w, causal, k.dtype, ROWS)))
+
+        def product(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+            return _product(k, v, biases(w, causal, k.dtype, ROWS))
+
+        def exact(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+            return _exact(k, v, biases(w, causal, k.dtype, max(1, ENTRIES // k.numel())))
+
+        return (torch.sigmoid(q) * choose_range(reach, product, exact, k, v, w)).to(dtype)
+
+
+def crop(w: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+    """The corner of a dense w, the first rows of its factors."""
+    if torch.compiler.is_exporting():
+        # A slice would exclude tokens == T_max from the exported range of lengths.
+        first = torch.arange(tokens, device=w[0].device)
+        w = tuple(t.index_select(0, first) for t in w)
+        return w if len(w) == 2 else (w[0].index_select(1, first),)
+    return (w[0][:tokens], w[1][:tokens]) if len(w) == 2 else (w[0][:tokens, :tokens],)
+
+
+def biases(
+    w: tuple[Tensor, ...], causal: bool, dtype: torch.dtype, size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(end, w[start:start + size, :end]), -inf in the future; one block of all rows while compiling."""
+    start, tokens = 0, w[0].shape[0]
+    for rows in [w[0]] if torch.compiler.is_compiling() else w[0].split(size):
+        end = start + rows.shape[0] if causal else tokens
+        rows = rows[:, :end].to(dtype) if len(w) == 1 else rows.to(dtype) @ w[1][:end].to(dtype).mT
+        if causal:
+            future = torch.ones(rows.shape, dtype=torch.bool, device=rows.device).triu(start + 1)
+            rows = rows.masked_fill(future, -torch.inf)
+        yield end, rows
+        start = end
+
+
+def depth(k: Tensor, biases: Iterable[Tensor]) -> Tensor:
+    """No row's largest exp(w - max w) exp(k - max k) is below exp(-depth).
+
+    The span of k alone is such a bound, since at the largest w of the row the first factor is 1; so is the span of
+    the rows of w. If excluded entries (-inf) may hide either maximum, the sum of the spans of the finite entries is.
+    """
+    k = k.detach()
+    k_span, k_finite = _spans(k, 1)
+    if not torch.compiler.is_compiling() and k_span <= LIMITS[k.dtype]:
+        return k_span
+    w_span, w_finite = torch.stack([torch.stack(_spans(rows.detach(), -1)) for rows in biases]).amax(0)
+    return torch.minimum(torch.minimum(k_span, w_span), k_finite + w_finite)
+
+
+def _spans(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest span along `dim`: inf where an entry is -inf, and that of the finite entries."""
+    top = x.amax(dim).clamp(min=torch.finfo(x.dtype).min)
+    finite = x.masked_fill(x == -torch.inf, torch.inf)
+    return (top - x.amin(dim)).amax(), (top - finite.amin(dim)).amax()
+
+
+def choose_range(
+    reach: Callable[..., Tensor],
+    product: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    k: Tensor,
+    v: Tensor,
+    w: tuple[Tensor, ...],
+) -> Tensor:
+    """`product` where `reach` allows it in the dtype of k, else in float64, else `exact` in float64."""
+    limit, wide_limit = LIMITS[k.dtype], LIMITS[torch.float64]
+    if torch.compiler.is_compiling():
+        bound = reach(k, *w)
+        out = product(k, v, *w)
+        if k.dtype == torch.float32:
+            out = _unless(bound <= limit, product, out, k, v, w)
+        return _unless(bound <= wide_limit, exact, out, k, v, w)
+    # Reading the bound waits for the device.
+    bound = reach(k, *w).item()
+    if not bound > limit:
+        return product(k, v, *w)
+    body = exact if bound > wide_limit else product
+    return body(k.double(), v.double(), *w).to(k.dtype)
+
+
+def _unless(
+    fine: Tensor, body: Callable[..., Tensor], out: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...]
+) -> Tensor:
+    """`out` if `fine`, else `body` in float64, without a branch in Python."""
+
+    shapes = [tuple(t.shape) for t in (k, v, *w)]
+
+    # One axis only: branches must agree in the strides of results and gradients.
+    def keep(out: Tensor, *flat: Tensor) -> Tensor:
+        return out.clone()
+
+    def replace(out: Tensor, *flat: Tensor) -> Tensor:
+        k, v, *w = (t.view(shape) for t, shape in zip(flat, shapes, strict=True))
+        return body(k.double(), v.double(), *w).to(out.dtype).reshape(-1)
+
+    operands = (out.reshape(-1), *(t.reshape(-1) for t in (k, v, *w)))
+    return torch.cond(fine, keep, replace, operands).view(k.shape)
+
+
+def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
+    weights = _triple.weight(k, k.detach().amax(1, keepdim=True))
+    values = weights * v
+    # One product for the whole batch gives w its gradient without B x T x T; it costs a copy of k and v, so that
+    # without gradients B products are 20 to 40 % faster (CPU, B = 8 and 64, T = 196).
+    fold = k.shape[0] == 1 or torch.is_grad_enabled()
+    if fold:
+        weights, values = weights.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1)
+    parts = []
+    for end, rows in biases:
+        rows = _triple.weight(rows, rows.detach().amax(-1, keepdim=True))
+        if fold:
+            num, den = rows @ values[:end], rows @ weights[:end]
+        else:
+            num, den = rows @ values[:, :end], rows @ weights[:, :end]
+        parts.append(num / (den + (den == 0)))
+    if fold:
+        return torch.cat(parts).unflatten(1, (k.shape[0], -1)).transpose(0, 1)
+    return torch.cat(parts, 1)
+
+
+def _exact(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
+    parts = [_triple.finish(exact_rows(k[:, :end], v[:, :end], rows)) for end, rows in biases]
+    return torch.cat(parts, 1)
+
+
+def exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
+    """One exponent per (query, key, channel): sums over the keys (..., T, C) by the biases (..., n, T) of n queries."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _exact_rows(k, v, rows)
+    # Without it the gradients keep B x T x T x C numbers.
+    return checkpoint(_exact_rows, k, v, rows, use_reentrant=False, preserve_rng_state=False)
+
+
+def _exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
+    exponents = k.unsqueeze(-3) + rows.unsqueeze(-1)  # (..., n, T, C)
+    top = exponents.detach().amax(-2)
+    weights = _triple.weight(exponents, top.unsqueeze(-2))
+    return _triple.Triple((weights * v.unsqueeze(-3)).sum(-2), weights.sum(-2), top)

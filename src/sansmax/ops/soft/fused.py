@@ -1,0 +1,71 @@
+"""SOFT as K1 (Z (K1^T V)), with kernel matrices that keep one N x m array for the backward pass."""
+
+import torch
+from torch import Tensor
+
+from .._backend import no_autocast
+from .._matmul import heads_matmul
+from ._inverse import exact_dtype, landmark_inverse
+
+
+def soft(q: Tensor, v: Tensor, landmarks: Tensor, inverse: str, iterations: int, batchwise: bool) -> Tensor:
+    """Masked tokens hold zeros."""
+    dtype = q.dtype
+    with no_autocast(q):
+        if dtype in (torch.float16, torch.bfloat16):
+            q, v, landmarks = q.float(), v.float(), landmarks.float()
+        k1 = gaussian(q, landmarks)  # (B, H, N, m)
+        exact = landmarks.to(exact_dtype(landmarks, inverse))
+        diagonal = torch.eye(exact.shape[2], dtype=torch.bool, device=exact.device)
+        # A view, because torch.compile takes no tensor twice.
+        a = gaussian(exact, exact.view_as(exact)).masked_fill(diagonal, 1)
+        z = landmark_inverse(a, inverse, iterations, batchwise)
+        mixed = z @ heads_matmul(k1.mT, v).to(z.dtype)  # (B, H, m, E)
+        return (k1 @ mixed.to(v.dtype)).to(dtype)
+
+
+def gaussian(x: Tensor, y: Tensor) -> Tensor:
+    """exp(-|x_i - y_j|^2 / 2): x (B, H, N, D), y (B, H, m, D) -> (B, H, N, m)."""
+    return _Gaussian.apply(x, y)
+
+
+class _Gaussian(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        # Distances do not change when both sides move, and |x|^2 + |y|^2 - 2 x y rounds less near the origin.
+        center, limit = _center(y), _limit(x)
+        x = torch.sub(x, center, out=x.new_empty(x.shape)).clamp_(-limit, limit)
+        y = (y - center).clamp_(-limit, limit)
+        k = x @ y.mT
+        for squares in (_half_square(x)[..., :, None], _half_square(y)[..., None, :]):
+            k -= squares
+        return k.clamp_(max=0).exp_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, y, k = ctx.saved_tensors
+        center, limit = _center(y), _limit(x)
+        x, y = (x - center).clamp_(-limit, limit), (y - center).clamp_(-limit, limit)
+        with no_autocast(grad):
+            grad = grad * k
+            grad_x = (grad @ y).addcmul_(grad.sum(-1)[..., None], x, value=-1)
+            grad_y = heads_matmul(grad.mT, x).addcmul_(grad.sum(-2)[..., None], y, value=-1)
+        return grad_x, grad_y
+
+
+def _center(y: Tensor) -> Tensor:
+    return y.detach().div(y.shape[-2]).sum(-2, keepdim=True)
+
+
+def _limit(x: Tensor) -> float:
+    """Where squares begin to overflow: what lies beyond is as far as infinity, and inf - inf would be NaN."""
+    return torch.finfo(x.dtype).max ** 0.45
+
+
+def _half_square(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    return torch.where(norm < _limit(x), norm.square() / 2, torch.inf)

@@ -1,0 +1,1 @@
+"""What is asked of a network: head, loss, metrics, data. One file a task."""

@@ -1,0 +1,215 @@
+"""An image folder: one sub-folder a class, with or without `train` and `val` above them."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from . import Images
+
+__all__ = ["decode", "load"]
+
+IMG_SIZE = 64
+HELD_OUT = 0.2
+VAL_NAMES = ("val", "validation", "valid", "test")
+LAYOUT = "FOLDER/<class>/*.jpg or FOLDER/train/<class>/*.jpg with FOLDER/val/<class>/*.jpg"
+
+
+def load(data: str | os.PathLike[str], img_size: int | None = None) -> Images:
+    """Reads data/<class>/**, or data/train/<class>/** with data/val/<class>/** (validation, valid, test).
+
+    Where nothing is held out, a fifth of every class is: the images whose relative path has the smallest
+    SHA-256, so that neither the order nor the place of the folder matters and the choice stays the same.
+    Hidden files, hidden folders and files that are no images are left out. An image that cannot be decoded is
+    skipped and listed in `skipped`. img_size (default 64) is the side of the centre square that is kept.
+    """
+    root = Path(data).expanduser()
+    size = IMG_SIZE if img_size is None else img_size
+    if not root.is_dir():
+        kind = "a file" if root.is_file() else "nothing"
+        raise NotADirectoryError(
+            f"data: expected an image folder, got {kind} at {root}; give the path of one laid out as {LAYOUT}"
+        )
+    parts = {path.name.lower(): path for path in _folders(root)}
+    train = parts.get("train")
+    val = next((parts[name] for name in VAL_NAMES if name in parts), None)
+    if train is None or val is None:
+        source = train or root
+        classes = _classes(source)
+        images, labels, paths, skipped = _read(source, classes, size)
+        _check_counts(classes, labels, 2, source, skipped)
+        held_out = _held_out(labels, paths)
+        split = f"{HELD_OUT:.0%} of every class, chosen by the hash of the file name"
+        parts_of = [(images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])]
+    else:
+        classes = _classes(train)
+        if (other := _classes(val)) != classes:
+            odd = sorted(set(classes) ^ set(other))
+            raise ValueError(
+                f"data: {train.name} and {val.name} in {root} must hold the same classes, got "
+                f"{_some(odd)} in only one of them; give every class a folder in both"
+            )
+        parts_of, skipped = [], []
+        for part in (train, val):
+            images, labels, _, unread = _read(part, classes, size)
+            _check_counts(classes, labels, 1, part, unread)
+            parts_of.append((images, labels))
+            skipped += [{**entry, "path": f"{part.name}/{entry['path']}"} for entry in unread]
+        split = f"the folders {train.name} and {val.name}"
+    (train_images, train_labels), (val_images, val_labels) = parts_of
+    return Images(
+        root.resolve().name,
+        classes,
+        train_images,
+        train_labels,
+        val_images,
+        val_labels,
+        split,
+        photos=True,
+        skipped=skipped,
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The visible sub-folders by name."""
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: OSError) -> OSError:
+    return type(error)(
+        f"data: expected a folder that can be read, got {error.strerror!r} at {folder}; change its rights"
+    )
+
+
+def _classes(folder: Path) -> list[str]:
+    classes = [path.name for path in _folders(folder)]
+    if len(classes) < 2:
+        got = f"only {classes[0]!r}" if classes else "none"
+        raise ValueError(
+            f"data: expected at least two class folders in {folder}, got {got}; lay it out as {LAYOUT}"
+        )
+    return classes
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All visible image files below a folder, sorted."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error) from None
+
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS):
+                yield Path(where, name)
+
+
+def _read(
+    folder: Path, classes: list[str], size: int
+) -> tuple[Tensor, Tensor, list[str], list[dict[str, str]]]:
+    """images, labels, paths relative to `folder`, and what was skipped."""
+    files = [(path, label) for label, name in enumerate(classes) for path in _files(folder / name)]
+    try:
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    except RuntimeError:
+        raise ValueError(
+            f"data: expected images that fit into memory, got {len(files):,} of {size} px in {folder}, which "
+            f"take {len(files) * 3 * size * size / 2**30:.1f} GiB; choose a smaller img_size or fewer images"
+        ) from None
+    labels, paths, skipped = [], [], []
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        with warnings.catch_warnings():  # PIL warns of odd metadata in images that it reads well
+            warnings.simplefilter("ignore")
+            results = pool.map(lambda entry: _try_decode(entry[0], size), files)
+            for (path, label), result in zip(files, results, strict=True):
+                relative = path.relative_to(folder).as_posix()
+                if isinstance(result, str):
+                    skipped.append({"path": relative, "reason": result})
+                    continue
+                images[len(labels)] = result
+                labels.append(label)
+                paths.append(relative)
+    finally:  # Ctrl-C does not wait for the images that are left
+        pool.shutdown(cancel_futures=True)
+    return images[: len(labels)], torch.tensor(labels, dtype=torch.int64), paths, skipped
+
+
+def _try_decode(path: Path, size: int) -> Tensor | str:
+    """The image, or why there is none."""
+    try:
+        return decode(path, size)
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return reason.replace(str(path), path.name) or type(error).__name__
+
+
+def decode(path: str | os.PathLike[str], size: int) -> Tensor:
+    """One image file as uint8 RGB (3, size, size): upright, on white, the centre square scaled to `size`.
+
+    Any of PIL's modes: 16 and 32 bits and float are scaled to 8, palettes and transparency are resolved.
+    """
+    with Image.open(path) as opened:
+        opened.draft(None, (2 * size, 2 * size))  # a JPEG of many megapixels is decoded at a fraction
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bit(np.asarray(image), image.mode)
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bit(values: np.ndarray, mode: str) -> Image.Image:
+    """Grey values of more than 8 bits; 32 bits and float do not tell their white: the next usual is taken."""
+    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0).clip(0, None)
+    whites = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(mode, (65535.0,))
+    white = next((white for white in whites if values.max() <= white), values.max())
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def _check_counts(
+    classes: list[str], labels: Tensor, least: int, folder: Path, skipped: list[dict[str, str]]
+) -> None:
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    few = [f"{name!r} with {count}" for name, count in zip(classes, counts, strict=True) if count < least]
+    if not few:
+        return
+    unread = (
+        f" ({len(skipped)} files could not be decoded, {skipped[0]['path']}: {skipped[0]['reason']})"
+        if skipped
+        else ""
+    )
+    raise ValueError(
+        f"data: expected at least {least} readable image{'s' if least > 1 else ''} in every class folder of "
+        f"{folder}, got {_some(few)}{unread}; add images ({', '.join(IMG_EXTENSIONS)}) "
+        f"or remove the folder"
+    )
+
+
+def _held_out(labels: Tensor, paths: list[str]) -> Tensor:
+    """True for a fifth of every class, at least one image."""
+    hashes = [hashlib.sha256(os.fsencode(path)).digest() for path in paths]
+    ranked = torch.tensor(sorted(range(len(paths)), key=hashes.__getitem__))
+    held_out = torch.zeros(len(paths), dtype=torch.bool)
+    for label in labels.unique():
+        members = ranked[labels[ranked] == label]
+        held_out[members[: max(1, round(HELD_OUT * len(members)))]] = True
+    return held_out
+
+
+def _some(items: list[str], limit: int = 3) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,85 @@
+"""Files of a run: written whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["prepare_folder", "read_json", "write_json", "write_text"]
+
+PROBE_BYTES = 2**20
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder and writes a megabyte to it and away again.
+
+    Raises:
+        OSError: it cannot be made or written to, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(
+            f"out: expected a folder, got a file at {folder}; name another folder with --out"
+        ) from None
+    except OSError as error:
+        raise _refused(folder, error) from None
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        write_text(probe, "\0" * PROBE_BYTES)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a synced temporary file beside it: a reader sees the old content or the new one."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _refused(path: Path, error: OSError) -> OSError:
+    return type(error)(
+        f"out: expected to be able to write {path}, got {error.strerror!r}; make room, change its rights or "
+        f"name another folder with --out; what was finished is kept"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As indented JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where there is no such file.
+
+    Raises:
+        ValueError: it is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(
+            f"out: expected JSON in {path}, got something else; remove the file and run again, or name "
+            f"another folder with --out"
+        ) from None

@@ -1,0 +1,164 @@
+"""What holds for every operator, found by its file name."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sansmax.ops import operators
+
+OPERATORS = operators()
+QUADRATIC = {"softmax", "aft.full"}
+each = pytest.mark.parametrize("name", OPERATORS)
+both = pytest.mark.parametrize("backend", ["reference", "fused"])
+
+
+def run(name, arguments, options, **more):
+    return OPERATORS[name][1](*arguments, **options, **more)
+
+
+def example(name, **sizes):
+    return OPERATORS[name][0].example(**sizes)
+
+
+def leaves(arguments):
+    """The floating tensors among the arguments, one level into pairs."""
+    flat = [t for a in arguments for t in (a if isinstance(a, tuple) else (a,))]
+    return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def gradients(name, dtype, backend):
+    arguments, options = example(name, dtype=dtype)
+    inputs = leaves(arguments)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out = run(name, arguments, options, backend=backend)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
+
+
+@each
+def test_fused_equals_reference(name, error):
+    arguments, options = example(name)
+    want = run(name, arguments, options, backend="reference")
+    assert want.dtype == torch.float64
+    assert error(run(name, arguments, options, backend="fused"), want) < 1e-11
+    assert error(run(name, arguments, options), want) < 1e-11
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_stays_in_the_error_budget_of_the_reference(name, dtype, error):
+    """Both against float64 on the same rounded inputs; the reference's own error is the unit."""
+    arguments, options = example(name, tokens=64, dim=8, dtype=dtype)
+    exact, _ = copy.deepcopy((arguments, options))
+    exact = tuple(tuple(t.double() for t in a) if isinstance(a, tuple) else a.double() for a in arguments)
+    want = run(name, exact, options, backend="reference")
+    unit = error(run(name, arguments, options, backend="reference"), want)
+    assert unit < 20 * torch.finfo(dtype).eps
+    got = run(name, arguments, options, backend="fused")
+    assert got.dtype == dtype
+    assert error(got, want) < 4 * unit + torch.finfo(dtype).eps
+
+
+@each
+@both
+def test_gradcheck(name, backend):
+    arguments, options = example(name, batch=1, heads=2, tokens=4, dim=3)
+    inputs = leaves(arguments)
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def closure(*_):
+        return run(name, arguments, options, backend=backend)
+
+    assert torch.autograd.gradcheck(closure, inputs, atol=1e-6, rtol=1e-4)
+
+
+@each
+def test_gradients_of_fused_equal_the_reference(name, error):
+    for got, want in zip(
+        gradients(name, torch.float64, "fused"), gradients(name, torch.float64, "reference"), strict=True
+    ):
+        assert error(got, want) < 1e-10
+
+
+@each
+@both
+def test_strides_do_not_matter(name, backend, error):
+    arguments, options = example(name)
+
+    def strided(t):
+        return torch.stack([t, torch.full_like(t, float("nan"))], -1).mT.contiguous().mT[..., 0]
+
+    views = tuple(tuple(map(strided, a)) if isinstance(a, tuple) else strided(a) for a in arguments)
+    want = run(name, arguments, options, backend="reference")
+    assert error(run(name, views, options, backend=backend), want) < 1e-11
+
+
+@each
+@both
+def test_one_token(name, backend):
+    arguments, options = example(name, tokens=1)
+    out = run(name, arguments, options, backend=backend)
+    assert out.isfinite().all()
+    assert run(name, arguments, options, backend="reference").sub(out).abs().max() < 1e-11
+
+
+@each
+def test_an_image_does_not_see_its_batch_mates(name, error):
+    arguments, options = example(name, batch=23)
+    want = run(name, arguments, options)
+    alone = tuple(a[1:2] if isinstance(a, torch.Tensor) and a.shape[0] == 23 else a for a in arguments)
+    assert error(run(name, alone, options), want[1:2]) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "softmax"])  # torch's own rules
+@both
+def test_autocast_changes_nothing(name, backend):
+    arguments, options = example(name, tokens=24, dtype=torch.float32)
+    want = run(name, arguments, options, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(name, arguments, options, backend=backend)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want) or (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@each
+def test_compiles_as_one_graph_for_any_length(name, error):
+    torch.compiler.reset()
+    compiled = torch.compile(OPERATORS[name][1], backend="aot_eager", fullgraph=True)
+    for tokens in (16, 25, 9):
+        arguments, options = example(name, tokens=tokens, dtype=torch.float32)
+        want = run(name, arguments, options, backend="reference")
+        assert error(compiled(*arguments, **options), want) < 1e-5
+
+
+@each
+def test_exports(name, error):
+    arguments, options = example(name, tokens=16, dtype=torch.float32)
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, *arguments):
+            return run(name, arguments, options)
+
+    program = torch.export.export(Wrapped(), arguments)
+    assert error(program.module()(*arguments), run(name, arguments, options)) < 1e-6
+
+
+@each
+def test_cost_grows_as_declared(name):
+    def count(tokens):
+        arguments, options = example(name, tokens=tokens, batch=1, dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            run(name, arguments, options, backend="fused")
+        return counter.get_total_flops()
+
+    small, large = count(1024), count(4096)
+    if small == 0:  # sums and exponentials only
+        assert name == "aft.simple"
+    elif name in QUADRATIC:
+        assert large > 12 * small
+    else:
+        assert large < 4.6 * small
