@@ -1,6 +1,7 @@
 """The command line's frame: commands by file name, one sentence and exit code 2 for a user's error."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -170,7 +171,8 @@ def test_a_fresh_process_loads_nothing_heavy_before_the_command_and_survives_a_c
         "print('heavy:', sorted(heavy & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, env=buffered, **pipes) as process:
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == "heavy: []\n"

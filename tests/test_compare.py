@@ -11,7 +11,7 @@ from PIL import Image
 from sansmax import layers
 from sansmax.cli import main
 from sansmax.models import create_model
-from sansmax.train import checkpoint, loop
+from sansmax.train import checkpoint
 from sansmax.train import compare as module
 from sansmax.train.compare import CompareConfig, compare, count_flops
 
@@ -44,7 +44,7 @@ def config(photos, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Counts the runs; `trained.stop` (a mechanism) presses Ctrl-C in its second epoch."""
+    """Counts the runs; `trained.stop` (a mechanism) presses Ctrl-C in its second epoch. Draws no report."""
     real, runs = module.train, []
 
     def train(model, task, budget, on_epoch):
@@ -62,6 +62,7 @@ def trained(monkeypatch):
 
     train.stop, train.runs = None, runs
     monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "render", lambda results, gallery: "")
     return train
 
 
@@ -100,7 +101,7 @@ def test_everything_of_a_run_is_written(config, tmp_path):
 def test_an_interruption_keeps_what_is_finished(config, tmp_path, trained):
     trained.stop = "external"
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt, match="1 of 3 mechanisms are finished .* goes on with external"):
+    with pytest.raises(KeyboardInterrupt, match=r"1 of 3 mechanisms are finished .* goes on with external"):
         compare(config)
     assert trained.runs == [("softmax", 0)]
     assert not (out / "external.json").exists()
@@ -129,7 +130,14 @@ def test_a_continued_run_equals_an_uninterrupted_one(config, tmp_path, trained):
 def test_more_seeds_and_mechanisms_can_be_added(config, trained):
     compare(replace(config, mechanisms=("sima",)))
     results = compare(replace(config, mechanisms=("sima", "xnorm"), seeds=(0, 5)))
-    assert trained.runs == [("softmax", 0), ("sima", 0), ("softmax", 5), ("sima", 5), ("xnorm", 0), ("xnorm", 5)]
+    assert trained.runs == [
+        ("softmax", 0),
+        ("sima", 0),
+        ("softmax", 5),
+        ("sima", 5),
+        ("xnorm", 0),
+        ("xnorm", 5),
+    ]
     sima = results["mechanisms"]["sima"]
     accuracies = [run["accuracy"] for run in sima["runs"]]
     assert [run["seed"] for run in sima["runs"]] == [0, 5]
@@ -225,7 +233,10 @@ def test_the_command_prints_the_table(photos, tmp_path, capsys):
         ("--epochs 0", "epochs: expected a whole number of at least 1, got 0"),
         ("--img-size -3", "img_size: expected a whole number of at least 1, got -3"),
         ("--batch-size 0", "batch_size: expected a whole number of at least 1, got 0"),
-        ("--patch-size 5", r"patch_size: expected a divisor of the image size 8, got 5; use one of \[1, 2, 4, 8\]"),
+        (
+            "--patch-size 5",
+            r"patch_size: expected a divisor of the image size 8, got 5; use one of \[1, 2, 4, 8\]",
+        ),
         ("--lr 0", "lr: expected a learning rate above 0, got 0"),
         ("--lr nan", "lr: expected a learning rate above 0, got nan"),
         ("--seeds 0", "seeds: expected a count of at least 1, got 0"),
@@ -264,8 +275,7 @@ def test_a_broken_file_of_an_earlier_run(photos, tmp_path, capsys):
 
 
 def test_a_rate_that_is_too_high_keeps_what_is_finished(photos, tmp_path, capsys, monkeypatch):
-    real = loop.Classification.loss if hasattr(loop, "Classification") else module.Classification.loss
-    spoilt = []
+    real, spoilt = module.Classification.loss, []
 
     def loss(self, outputs, targets):
         return real(self, outputs, targets) * (float("nan") if spoilt else 1.0)
@@ -307,5 +317,7 @@ def test_memory_that_does_not_suffice_is_a_sentence(config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
 
     monkeypatch.setattr(module, "train", train)
-    with pytest.raises(ValueError, match=r"softmax: expected a batch that fits .* 3 GiB'; lower --batch-size"):
+    with pytest.raises(
+        ValueError, match=r"softmax: expected a batch that fits .* 3 GiB'; lower --batch-size"
+    ):
         compare(config)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import sansmax
 from sansmax import layers
 
 MECHANISMS = layers.mechanisms()
@@ -352,6 +353,13 @@ def test_position_biases_follow_the_grid(name, factor_dim):
         columns = slice(0, 1) if factor_dim is None else slice(None)
         assert torch.equal(new[:1, columns], table[:1, columns])  # the class token keeps its row
         layer.get_parameter(key).data.fill_(0.3)
+    down = torch.arange(3.0, dtype=torch.float64)[:, None].expand(GRID).flatten()  # the row of each patch
+    ramp = copy.deepcopy(layer)
+    ramp.get_parameter(layer.tables[0]).data[1:] = down[:, None]
+    ramp.set_input((4, 7), 1)
+    patches = ramp.get_parameter(layer.tables[0])[1:, 0].unflatten(0, (4, 7))
+    torch.testing.assert_close(patches, patches[:, :1].expand(4, 7))
+    assert (patches.diff(dim=0) > 0.5).all()
     layer.set_input((9, 2), 1)
     for key in layer.tables:  # a constant stays constant
         torch.testing.assert_close(layer.get_parameter(key), torch.full_like(layer.get_parameter(key), 0.3))
@@ -388,6 +396,30 @@ def test_grids_are_known_inferred_or_asked_for():
     assert told.layout(17, None) == (3, 5, 2)
     with pytest.raises(ValueError, match="there are 2 prefix tokens"):
         told(x[:, 1:])
+
+
+@pytest.mark.parametrize("options", [{"landmarks": 4}, {"ratio": 2}])
+def test_soft_takes_prefix_and_masked_tokens_out_of_landmarks_and_convolution(options):
+    layer = make("soft", told=False, grid=(4, 5), num_prefix_tokens=2, conv_size=3, **options)
+    x, keep = tokens(2, 22, DIM), torch.ones(2, 22, dtype=torch.bool)
+    keep[0, [0, 9]] = keep[1, 21] = False
+
+    def heads(linear):
+        y = linear(x).masked_fill(~keep[..., None], 0)
+        return y.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, H, N, D)
+
+    q, v = heads(layer.q) * layer.head_dim**-0.25, heads(layer.v)
+    images = q[:, :, 2:].unflatten(2, (4, 5)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    if "landmarks" in options:
+        images = F.adaptive_avg_pool2d(images, 2)
+    landmarks = layer.landmark(images).flatten(2).mT.unflatten(0, (2, HEADS))
+    y = sansmax.soft(q, v, F.gelu(layer.landmark_norm(landmarks)), mask=keep)
+    for head in range(HEADS):
+        for channel in range(DIM // HEADS):
+            image = v[:, head, 2:, channel].unflatten(1, (1, 4, 5))
+            near = F.conv2d(image, layer.conv.weight[head : head + 1], padding=1)
+            y[:, head, 2:, channel] += near.flatten(1)
+    torch.testing.assert_close(layer(x, mask=keep), layer.proj(y.transpose(1, 2).flatten(2)))
 
 
 def test_soft_keeps_its_landmark_count_or_its_stride():

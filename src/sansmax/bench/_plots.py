@@ -76,7 +76,7 @@ def cost(
     axes.set_ylabel(label)
     x, y = _xy(sweeps.get("softmax", ()), "tokens", key, positive=True)
     for name, tokens in crossovers.items():
-        if tokens is not None and x and x[0] <= tokens <= x[-1]:
+        if tokens is not None and x and x[0] < tokens <= x[-1]:
             ring = {"mfc": "none", "mec": styles([name])[name].light, "ms": 9, "mew": 1.6, "zorder": 5}
             axes.plot([tokens], [_interpolate(tokens, x, y)], marker="o", linestyle="none", **ring)
     _labels(figure, axes, ends)
@@ -123,7 +123,7 @@ def against_softmax(
     _token_ticks(axes, [p["tokens"] for p in (*softmax, *points)])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    if crossover is not None:
+    if crossover is not None and crossover > min(p["tokens"] for p in points):
         axes.axvline(crossover, color=MUTED, linewidth=1, dashes=(3, 2))
     return _svg(figure, f"one-{name}", [name, "softmax"])
 

@@ -1,4 +1,4 @@
-"""Whole networks, registered in timm when this package is imported: every file without a leading underscore."""
+"""Whole networks, registered in timm when this package is imported; a file without an underscore is one."""
 
 from .._find import load, names
 from ._vit import ViT, create_model

@@ -1,7 +1,7 @@
 """AFT-conv for any keys and biases: disjoint regions as triples, so that nothing is subtracted or lost.
 
 Centred: the kernel box, the strips left and right of it, the rows above and below. Causal: the kernel and what lies
-before it. Each sum has its own maximum; linear in the number of tokens.
+before it. Each sum has its own maximum.
 """
 
 import torch
@@ -14,24 +14,22 @@ from .._triple import Triple
 # Taps that are read at a time: their products are held.
 _TAPS = 16
 
+# Up to this length a matrix sums the tokens out of reach faster than two scans do.
+MATRIX_LENGTH = 256
 
-def by_regions(
-    k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, causal: bool
-) -> Tensor:
-    """k (B, T, H), v (B, T, H, dh), w (H, kernel rows, kernel columns) -> averages (B, T, H, dh)."""
-    everything = _triple.tokens(k.mT.unsqueeze(-1), v.transpose(1, 2))  # (B, H, T, dh), (B, H, T, 1) twice
-    cells = everything.map(lambda part: part[:, :, prefix:].unflatten(2, grid))
+
+def by_regions(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, causal: bool) -> Tensor:
+    """k (B, H, T), v (B, H, T, dh), w (H, kernel rows, kernel columns) -> averages (B, H, T, dh)."""
+    everything = _triple.tokens(k.unsqueeze(-1), v)
+    cells = everything.map(lambda part: part[:, :, prefix:].unflatten(2, grid))  # (B, H, rows, columns, .)
     rows, columns = w.shape[1] // 2, w.shape[2] // 2
-    left, right = (w.shape[2] - 1, 0) if causal else (columns, columns)
-
-    upto = _triple.scan(cells)
-    strips = _triple.shift(upto, left + 1)
-    parts = []
-    if not causal:
-        strips = _triple.combine(strips, _reversed(cells, right + 1))
-        whole_rows = upto.map(lambda part: part[..., -1, :])
-        above = _triple.shift(_triple.scan(whole_rows), rows + 1)
-        parts += [_unsqueeze(above, -2), _unsqueeze(_reversed(whole_rows, rows + 1), -2)]
+    if causal:
+        left, right = w.shape[2] - 1, 0
+        strips, parts = _triple.shift(_triple.scan(cells), left + 1), []
+    else:
+        left = right = columns
+        whole_rows = _triple.total(cells).map(lambda part: part.squeeze(-2))
+        strips, parts = _far(cells, columns), [_far(whole_rows, rows).map(lambda part: part.unsqueeze(-2))]
 
     strips, cells = _pad(strips, (0, 0, 0, 0, rows, rows)), _pad(cells, (0, 0, left, right, rows, rows))
     for row in range(w.shape[1]):
@@ -42,12 +40,25 @@ def by_regions(
             parts.append(_box(_narrow(row_cells, 3, first, grid[1] + taps.shape[1] - 1), taps))
 
     if prefix:
-        parts.append(_unsqueeze(_triple.total(_narrow(everything, 2, 0, prefix)), 2))
+        parts.append(_triple.total(_narrow(everything, 2, 0, prefix)).map(lambda part: part.unsqueeze(2)))
     average = _triple.finish(_triple.combine(*parts)).flatten(2, 3)
     if prefix:
         mean = _triple.finish(_triple.total(everything))
         average = torch.cat([mean.expand(-1, -1, prefix, -1), average], 2)
-    return average.transpose(1, 2)
+    return average
+
+
+def _far(x: Triple, reach: int) -> Triple:
+    """Entry t sums the entries u with |u - t| > reach."""
+    length = x.top.shape[-2]
+    if uses_matrix(length):
+        near = distance(length, x.top.device) <= reach
+        exponents = x.top.mT.masked_fill(near, -torch.inf)  # (..., t, u)
+        top = exponents.detach().amax(-1, keepdim=True)
+        weights = _triple.weight(exponents, top)
+        return Triple(weights @ x.num, weights @ x.den, top)
+    after = _triple.flip(_triple.shift(_triple.scan(_triple.flip(x)), reach + 1))
+    return _triple.combine(_triple.shift(_triple.scan(x), reach + 1), after)
 
 
 def _box(cells: Triple, w: Tensor) -> Triple:
@@ -60,11 +71,6 @@ def _box(cells: Triple, w: Tensor) -> Triple:
     return Triple((weights * value).sum(-1), weights.sum(-1), top)
 
 
-def _reversed(x: Triple, by: int) -> Triple:
-    """Entry t sums the entries from t + by to the end."""
-    return _triple.flip(_triple.shift(_triple.scan(_triple.flip(x)), by))
-
-
 def _pad(x: Triple, pad: tuple[int, ...]) -> Triple:
     return Triple(F.pad(x.num, pad), F.pad(x.den, pad), F.pad(x.top, pad, value=-torch.inf))
 
@@ -73,5 +79,12 @@ def _narrow(x: Triple, dim: int, start: int, length: int) -> Triple:
     return x.map(lambda part: part.narrow(dim, start, length))
 
 
-def _unsqueeze(x: Triple, dim: int) -> Triple:
-    return x.map(lambda part: part.unsqueeze(dim))
+def uses_matrix(length: int) -> bool:
+    """False for a symbolic length: an exported graph serves all of them."""
+    return isinstance(length, int) and length <= MATRIX_LENGTH
+
+
+def distance(length: int, device: torch.device) -> Tensor:
+    """(length, length): |t - u|."""
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs()

@@ -13,16 +13,13 @@ from torch import Tensor
 
 from ..._backend import no_autocast
 from .. import _triple
-from ._regions import by_regions
+from ._regions import by_regions, distance, uses_matrix
 
 # Eq. 6 multiplies rounding errors by exp(-w), here at most 20.
 _LOWEST_OF_EQ6 = -3.0
 
 # A sum below exp(-60) of the largest key may lack terms that float32 flushed to zero, and exp(w) lifts those.
 _LOWEST_SUM, _HIGHEST_W = -60.0, 40.0
-
-# Up to this length a 0/1 matrix sums the tokens out of reach faster than two cumulative sums do.
-_MATRIX_LENGTH = 256
 
 # From this many taps on PyTorch's own kernel gradient on the CPU takes 3 to 25 times as long as ours.
 _TAPS_OF_OWN_GRADIENT = 25
@@ -37,7 +34,7 @@ def aft_conv(
         q, k, v, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, w))
         v = v.unflatten(-1, (k.shape[-1], -1))  # (B, T, H, dh)
         if causal:
-            average = by_regions(k, v, w, grid, prefix, causal)
+            average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, causal).transpose(1, 2)
         else:
             average = _centred(k, v, w, grid, prefix)
         return (q.sigmoid() * average.flatten(-2)).to(dtype)
@@ -47,7 +44,7 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
     """The averages (B, T, H, dh)."""
 
     def regions(average, k, v, w):
-        return by_regions(k, v, w, grid, prefix, causal=False).contiguous()  # cond wants equal strides
+        return by_regions(k, v, w, grid, prefix, causal=False).transpose(1, 2).contiguous()
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -55,8 +52,11 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
         if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
             return _by_convolution(k, v, w, grid, prefix, eq6=True)[0]
     average, exact = _by_convolution(k, v, w, grid, prefix, eq6=False)
+    k, v = k.mT, v.transpose(1, 2)
     if compiling:
-        return torch.cond(exact, lambda average, *_: average.clone(), regions, (average, k, v, w))
+        # cond wants the outputs and the gradients of both branches in one memory layout.
+        operands = (average, k.contiguous(), v.contiguous(), w)
+        return torch.cond(exact, lambda average, *_: average.clone(), regions, operands)
     return average if exact else regions(average, k, v, w)
 
 
@@ -93,7 +93,7 @@ def _out_of_reach(cells: Tensor, row_reach: int, column_reach: int) -> Tensor:
     far_rows = _far(cells.sum(2), row_reach).unsqueeze(2)
     far_columns = _far(cells, column_reach)
     if row_reach:
-        near = (_distance(cells.shape[1], cells.device) <= row_reach).to(cells.dtype)
+        near = (distance(cells.shape[1], cells.device) <= row_reach).to(cells.dtype)
         far_columns = (near @ far_columns.flatten(2)).view_as(cells)
     return far_rows + far_columns
 
@@ -101,17 +101,11 @@ def _out_of_reach(cells: Tensor, row_reach: int, column_reach: int) -> Tensor:
 def _far(x: Tensor, reach: int) -> Tensor:
     """y_t = sum of x_u over |u - t| > reach; tokens in dimension -2."""
     length = x.shape[-2]
-    # Exported, the graph must serve every length.
-    if not torch.compiler.is_exporting() and length <= _MATRIX_LENGTH:
-        return (_distance(length, x.device) > reach).to(x.dtype) @ x
+    if uses_matrix(length):
+        return (distance(length, x.device) > reach).to(x.dtype) @ x
     before = F.pad(x.cumsum(-2), (0, 0, reach + 1, 0)).narrow(-2, 0, length)
     after = F.pad(x.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, reach + 1)).narrow(-2, reach + 1, length)
     return before + after
-
-
-def _distance(length: int, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    return (position[:, None] - position).abs()
 
 
 def _depthwise(cells: Tensor, kernel: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ def aft_full(q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], causal: boo
         def product(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
             return _product(k, v, biases(w, causal, k.dtype, ROWS))
 
-        def exact(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-            return _exact(k, v, biases(w, causal, k.dtype, max(1, ENTRIES // k.numel())))
+        def direct(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+            return exact(k, v, biases(w, causal, k.dtype, max(1, ENTRIES // k.numel())))
 
-        return (torch.sigmoid(q) * choose_range(reach, product, exact, k, v, w)).to(dtype)
+        return (torch.sigmoid(q) * choose_range(reach, product, direct, k, v, w)).to(dtype)
 
 
 def crop(w: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
@@ -155,13 +155,13 @@ def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tens
     return torch.cat(parts, 1)
 
 
-def _exact(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
+def exact(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
     parts = [_triple.finish(exact_rows(k[:, :end], v[:, :end], rows)) for end, rows in biases]
     return torch.cat(parts, 1)
 
 
 def exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
-    """One exponent per (query, key, channel): sums over the keys (..., T, C) by the biases (..., n, T) of n queries."""
+    """One exponent per (query, key, channel): sums over the keys (B, T, C) by the biases (n, T) of n queries."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _exact_rows(k, v, rows)
     # Without it the gradients keep B x T x T x C numbers.
@@ -169,7 +169,7 @@ def exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
 
 
 def _exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
-    exponents = k.unsqueeze(-3) + rows.unsqueeze(-1)  # (..., n, T, C)
-    top = exponents.detach().amax(-2)
-    weights = _triple.weight(exponents, top.unsqueeze(-2))
-    return _triple.Triple((weights * v.unsqueeze(-3)).sum(-2), weights.sum(-2), top)
+    exponents = k[:, None] + rows[:, :, None]  # (B, n, T, C)
+    top = exponents.detach().amax(2)
+    weights = _triple.weight(exponents, top[:, :, None])
+    return _triple.Triple((weights * v[:, None]).sum(2), weights.sum(2), top)

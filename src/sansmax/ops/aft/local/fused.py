@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     def width(self) -> int:
         return self.behind + self.size + self.ahead
 
-    def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
+    def pad(self, x: Tensor, value: float | None = None) -> Tensor:
         """(..., T, C) -> (..., behind + blocks size + ahead, C)."""
         return F.pad(x, (0, 0, self.behind, -x.shape[-2] % self.size + self.ahead), value=value)
 
@@ -73,6 +73,9 @@ def aft_local(
             return _product(k, v, _rows(w, shape, k.dtype), shape)
 
         def exact(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                dense = (_dense(w, window, k.dtype),)
+                return full.exact(k, v, full.biases(dense, causal, k.dtype, tokens))
             return _exact(k, v, w, shape)
 
         return (torch.sigmoid(q) * full.choose_range(reach, product, exact, k, v, w)).to(dtype)
@@ -142,9 +145,8 @@ def _before(x: Tensor) -> Tensor:
 def _exact(k: Tensor, v: Tensor, w: tuple[Tensor, ...], shape: Blocks) -> Tensor:
     """One exponent per (query, key of its block, channel), and the other keys as running sums."""
     batch, tokens, channels = k.shape
-    if not torch.compiler.is_compiling():
-        fitting = full.ENTRIES // (batch * channels * shape.width)
-        shape = shape._replace(size=max(1, min(shape.size, fitting)))
+    fitting = full.ENTRIES // (batch * channels * shape.width)
+    shape = shape._replace(size=max(1, min(shape.size, fitting)))
     size, width = shape.size, shape.width
     rows = _rows(w, shape, k.dtype)[..., :-1]
     k, v = shape.pad(k, -torch.inf), shape.pad(v)
@@ -153,17 +155,13 @@ def _exact(k: Tensor, v: Tensor, w: tuple[Tensor, ...], shape: Blocks) -> Tensor
     if not shape.causal:
         behind = _far(k[:, width - size :].flip(1), v[:, width - size :].flip(1), size)
         far = _triple.combine(far, _triple.flip(behind))
-    far = _triple.Triple(*(part.unsqueeze(2) for part in far))
-    if torch.compiler.is_compiling():
-        windows = (t.unfold(1, width, size).mT for t in (k, v))  # (B, blocks, width, C)
-        near = full.exact_rows(*windows, rows)
-    else:
-        parts = [
-            full.exact_rows(k[:, i * size : i * size + width], v[:, i * size : i * size + width], block)
-            for i, block in enumerate(rows)
-        ]
-        near = _triple.Triple(*(torch.stack(part, 1) for part in zip(*parts, strict=True)))
-    return _triple.finish(_triple.combine(near, far)).flatten(1, 2)[:, :tokens]
+    parts = []
+    for i, block in enumerate(rows):
+        keys = slice(i * size, i * size + width)
+        near = full.exact_rows(k[:, keys], v[:, keys], block)
+        before = _triple.Triple(*(part[:, i : i + 1] for part in far))
+        parts.append(_triple.finish(_triple.combine(near, before)))
+    return torch.cat(parts, 1)[:, :tokens]
 
 
 def _far(k: Tensor, v: Tensor, size: int) -> _triple.Triple:
