@@ -144,7 +144,9 @@ def test_more_seeds_and_mechanisms_can_be_added(config, trained):
     assert sima["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert sima["accuracy"]["std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert sima["accuracy"]["min"] == min(accuracies)
-    assert "xnorm" not in compare(replace(config, mechanisms=("sima",)))["mechanisms"]
+    fewer = compare(replace(config, mechanisms=("sima",)))["mechanisms"]
+    assert list(fewer) == ["softmax", "sima"]
+    assert [run["seed"] for run in fewer["sima"]["runs"]] == [0]
 
 
 @pytest.mark.parametrize(

@@ -296,11 +296,12 @@ def test_softmax_is_timms_attention_whatever_the_mask():
     added = tokens(n, n, seed=6)
     for mask in (None, allowed, allowed[0, 0], added):
         torch.testing.assert_close(layer(x, attn_mask=mask), theirs(x, attn_mask=mask))
-    torch.testing.assert_close(layer(x, is_causal=True), theirs(x, is_causal=True))
+    past = torch.ones(n, n, dtype=torch.bool).tril()
+    torch.testing.assert_close(layer(x, is_causal=True), theirs(x, attn_mask=past))
     # In combination: each removes what it removes.
     keep = torch.ones(2, n, dtype=torch.bool)
     keep[0, 0] = False
-    both = allowed & keep[:, None, None] & torch.ones(n, n, dtype=torch.bool).tril()
+    both = allowed & keep[:, None, None] & past
     dark = ~both.any(-1).squeeze(1)
     assert dark.any()
     got = layer(x, attn_mask=allowed, is_causal=True, mask=keep)

@@ -240,20 +240,15 @@ def main(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    rows = []
-    for n in tokens:
-        for op in ops:
-            console.print(f"{op}, {n} tokens", style="dim")
-            rows += compare(op, n, seconds=seconds, device=device)
-    results = {
+    clock = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
         "sansmax": sansmax.__version__,
         "commit": commit(),
         "command": ["python", "-m", "sansmax.bench.ops", *sys.argv[1:]],
         "machine": machine(),
         "versions": versions(),
-        "started": started,
-        "seconds": time.perf_counter() - clock,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {
             "batch": 1,
             "heads": HEADS,
@@ -269,8 +264,13 @@ def main(
         "rows": rows,
     }
     part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out)
+    for n in tokens:
+        for op in ops:
+            console.print(f"{op}, {n} tokens", style="dim")
+            rows += compare(op, n, seconds=seconds, device=device)
+            results["seconds"] = round(time.perf_counter() - clock, 1)
+            part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, out)
     console.print(_table(rows))
     for row in rows:
         if "note" in row:

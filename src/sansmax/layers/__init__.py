@@ -37,5 +37,4 @@ def __getattr__(name: str) -> type[Mixer]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Older timm knows attn_layer by class only.
-getattr(timm_vit, "ATTN_LAYERS", {}).update(mechanisms())
+timm_vit.ATTN_LAYERS.update(mechanisms())

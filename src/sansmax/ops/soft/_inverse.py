@@ -124,12 +124,12 @@ def _halved(a: Tensor, alpha: Tensor) -> Tensor:
     """The published search without its loop over data: a factor that has passed the test stays."""
     with torch.no_grad():
         square, identity = a @ a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        halvings, failing = torch.ones_like(alpha), torch.ones_like(alpha, dtype=torch.bool)
+        factor, failing = torch.ones_like(alpha), torch.ones_like(alpha, dtype=torch.bool)
         for _ in range(10):
-            residual = (identity - alpha * halvings * square).abs().sum(-2).amax()
+            residual = (identity - alpha * factor * square).abs().sum(-2).amax()
             failing = failing & (residual > 1.01)
-            halvings = torch.where(failing, halvings / 2, halvings)
-    return alpha * halvings
+            factor = torch.where(failing, factor / 2, factor)
+    return alpha * factor
 
 
 class _RidgeInverse(torch.autograd.Function):

@@ -32,13 +32,12 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
 class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        # Distances do not change when both sides move, and |x|^2 + |y|^2 - 2 x y rounds less near the origin.
-        center, limit = _center(y), _limit(x)
+        limit, center = _origin(y)
         x = torch.sub(x, center, out=x.new_empty(x.shape)).clamp_(-limit, limit)
-        y = (y - center).clamp_(-limit, limit)
+        y = y.clamp(-limit / 4, limit / 4).sub_(center)
         k = x @ y.mT
-        for squares in (_half_square(x)[..., :, None], _half_square(y)[..., None, :]):
-            k -= squares
+        for squares in (_square(x)[..., :, None], _square(y)[..., None, :]):
+            k.sub_(squares, alpha=0.5)
         return k.clamp_(max=0).exp_()
 
     @staticmethod
@@ -48,8 +47,8 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, k = ctx.saved_tensors
-        center, limit = _center(y), _limit(x)
-        x, y = (x - center).clamp_(-limit, limit), (y - center).clamp_(-limit, limit)
+        limit, center = _origin(y)
+        x, y = (x - center).clamp_(-limit, limit), y.clamp(-limit / 4, limit / 4).sub_(center)
         with no_autocast(grad):
             grad = grad * k
             grad_x = (grad @ y).addcmul_(grad.sum(-1)[..., None], x, value=-1)
@@ -57,15 +56,15 @@ class _Gaussian(torch.autograd.Function):
         return grad_x, grad_y
 
 
-def _center(y: Tensor) -> Tensor:
-    return y.detach().div(y.shape[-2]).sum(-2, keepdim=True)
+def _origin(y: Tensor) -> tuple[float, Tensor]:
+    """Where coordinates are cut, and the point that becomes the origin.
+
+    Distances do not change when both sides move, and |x|^2 + |y|^2 - 2 x y rounds less near the origin. Squares
+    beyond the limit would overflow, and inf - inf is NaN; with a smaller limit for y two cut points stay apart.
+    """
+    limit = torch.finfo(y.dtype).max ** 0.45
+    return limit, y.detach().clamp(-limit / 4, limit / 4).mean(-2, keepdim=True)
 
 
-def _limit(x: Tensor) -> float:
-    """Where squares begin to overflow: what lies beyond is as far as infinity, and inf - inf would be NaN."""
-    return torch.finfo(x.dtype).max ** 0.45
-
-
-def _half_square(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    return torch.where(norm < _limit(x), norm.square() / 2, torch.inf)
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).square_()

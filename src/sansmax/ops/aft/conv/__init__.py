@@ -1,14 +1,15 @@
 """AFT-conv: weighted averages of the values with a learned bias for near tokens, then a gate.
 
-    y_t = sigmoid(q_t) * sum_u exp(k_u + w(u - t)) v_u / sum_u exp(k_u + w(u - t))       per head, element-wise
+    y_t = sigmoid(q_t) * sum_u exp(k_u + w(u - t)) v_u / sum_u exp(k_u + w(u - t))      per head, element-wise
 
-Zhai et al., "An Attention Free Transformer" (arXiv 2105.14103), Eq. 2 and Eq. 6, Sec. 3.2. The bias w depends on the
-relative position alone, one kernel per head, and is 0 (weight 1, not 0) outside the kernel: every token
-sees every token. All channels of a head share ONE key. Axes: B batch, T tokens, H heads, C = H * dh channels, channel
-= head * dh + j. The kernel is read as PyTorch's convolutions read it, not flipped: w[i] belongs to u - t = i - s // 2.
+Zhai et al., "An Attention Free Transformer" (arXiv 2105.14103), Eq. 2 and Eq. 6, Sec. 3.2. The bias w
+depends on the relative position alone, one kernel per head, and is 0 (weight 1, not 0) outside the kernel:
+every token sees every token. All channels of a head share ONE key. Axes: B batch, T tokens, H heads, C = H
+* dh channels, channel = head * dh + j. The kernel is read as PyTorch's convolutions read it, not flipped:
+w[i] is for u - t = i - s // 2.
 
-The paper uses the centred form on images. The causal form (one-dimensional) sums u <= t, its last tap is the
-current token. Prefix tokens (a class token) lie outside the grid: bias 0 to and from everything.
+The paper uses the centred form on images. The causal form (one-dimensional) sums u <= t, its last tap is
+the current token. Prefix tokens (a class token) lie outside the grid: bias 0 to and from everything.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import _check
-from ..._backend import choose
+from ..._backend import choose, no_autocast
 from .. import _triple
 from .._triple import Triple
 from . import fused
@@ -53,7 +54,7 @@ def aft_conv(
 
     Args:
         q, v: (B, T, C), k: (B, T, H) with C divisible by H; any floating dtype, any strides.
-        w: (H, s) over a sequence, or (H, s, s) over a grid; odd s, centred (causal: any s). Any floating dtype.
+        w: (H, s) over a sequence, or (H, s, s) over a grid; centred, s odd (causal: any s). Any dtype.
         grid: (rows, columns) of the tokens behind the prefix, row by row; for a two-dimensional w only.
         causal: token t sums the tokens 0..t; for a one-dimensional w without prefix tokens.
         mask: (B, T) bool, True = keep. A masked token enters no sum; where a sum is empty the output is 0.
@@ -88,22 +89,25 @@ def _checked(q, k, v, w, grid, causal, mask, prefix) -> tuple[Tensor, tuple[int,
     heads = k.shape[2]
     if channels % heads:
         raise ValueError(
-            f"{op}: the {channels} channels of q must be divisible by the {heads} heads of k; change one of them"
+            f"{op}: the channels of q must be divisible by the heads of k, got {channels} and {heads}; "
+            f"change one of them"
         )
     sizes = ("s",) if w.ndim == 2 else ("s", "s")
     _check.shape(op, "w", w, (heads, *sizes), "one kernel (s) or (s, s) for each head of k")
     if not causal and any(size % 2 == 0 for size in w.shape[1:]):
         raise ValueError(
-            f"{op}: a centred kernel must have odd sizes, got {tuple(w.shape[1:])}; pad w with a row and column of 0"
+            f"{op}: a centred kernel must have odd sizes, got {tuple(w.shape[1:])}; pad w with zeros"
         )
     if prefix < 0 or prefix >= tokens or (causal and prefix):
         wanted = "0 when causal=True" if causal else f"at least 0 and less than T = {tokens}"
-        raise ValueError(f"{op}: prefix_tokens must be {wanted}, got {prefix}; split the tokens off otherwise")
+        raise ValueError(
+            f"{op}: prefix_tokens must be {wanted}, got {prefix}; split the tokens off otherwise"
+        )
     if w.ndim == 2:
         if grid is not None:
             raise ValueError(
-                f"{op}: grid belongs to a kernel w of shape (H, s, s), got w {tuple(w.shape)} and grid {grid}; "
-                f"leave grid out"
+                f"{op}: grid must be None for a kernel w of shape (H, s), got {grid}; "
+                f"leave it out or pass w of shape (H, s, s)"
             )
         return w.unsqueeze(1), (1, tokens - prefix)
     if causal:
@@ -128,11 +132,12 @@ def reference(
     keys, values = k.mT[:, :, None], v.unflatten(-1, (k.shape[2], -1)).transpose(1, 2)
     rows = max(1, _REFERENCE_ENTRIES // keys.expand(-1, -1, 1, -1).numel())
     # Recomputed in the backward pass, which would otherwise hold all T x T weights.
-    average = [
-        checkpoint(_average, keys, values, w, part, grid, causal, prefix, use_reentrant=False)
-        for part in torch.arange(q.shape[1], device=q.device).split(rows)
-    ]
-    return (q.sigmoid() * torch.cat(average, 2).transpose(1, 2).flatten(2)).to(dtype)
+    with no_autocast(q):
+        average = [
+            checkpoint(_average, keys, values, w, part, grid, causal, prefix, use_reentrant=False)
+            for part in torch.arange(q.shape[1], device=q.device).split(rows)
+        ]
+        return (q.sigmoid() * torch.cat(average, 2).transpose(1, 2).flatten(2)).to(dtype)
 
 
 def _average(k, v, w, queries, grid, causal, prefix) -> Tensor:
@@ -167,7 +172,7 @@ def reparameterize(w: Tensor, gamma: Tensor, beta: Tensor, *, unbiased: bool = F
 
     Args:
         w: (H, s) or (H, s, s); gamma, beta: (H,); floating, same dtype and device.
-        unbiased: divides the variance by n - 1 (torch.std's default) in place of n; the paper does not say which.
+        unbiased: the variance is divided by n - 1 (torch.std's default), not by n; the paper does not say.
 
     Returns:
         The kernel in the shape and dtype of w; half precision is computed in float32.

@@ -1,7 +1,7 @@
 """AFT-conv for any keys and biases: disjoint regions as triples, so that nothing is subtracted or lost.
 
-Centred: the kernel box, the strips left and right of it, the rows above and below. Causal: the kernel and what lies
-before it. Each sum has its own maximum.
+Centred: the kernel box, the strips left and right of it, the rows above and below. Causal: the kernel and
+what lies before it. Each sum has its own maximum.
 """
 
 import torch

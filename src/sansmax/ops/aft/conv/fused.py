@@ -1,10 +1,11 @@
 """AFT-conv as a depth-wise convolution with the kernel, plus the tokens that the kernel does not reach.
 
-Numerators exp(k) v and denominators exp(k) are channels of one convolution. Eq. 6 convolves with exp(w) - 1 and adds
-the sum over ALL tokens: cheapest, but it cancels where a large key lies under a negative w. The positive form
-convolves with exp(w) and sums the tokens out of reach apart, so that nothing is subtracted: 1.4 times the time,
-full precision until a sum underflows. `by_regions` gives each region a maximum of its own and is always right.
-Causal, where one maximum for all rows would let the future decide, is by regions too.
+Numerators exp(k) v and denominators exp(k) are channels of one convolution. Eq. 6 convolves with exp(w) - 1
+and adds the sum over ALL tokens: cheapest, but it cancels where a large key lies under a negative w. The
+positive form convolves with exp(w) and sums the tokens out of reach apart, so that nothing is subtracted:
+1.4 times the time, full precision until a sum underflows. `by_regions` gives each region a maximum of its
+own and is always right. Causal, where one maximum for all rows would let the future decide, is by regions
+too.
 """
 
 import torch
@@ -110,7 +111,7 @@ def _far(x: Tensor, reach: int) -> Tensor:
 
 def _depthwise(cells: Tensor, kernel: Tensor) -> Tensor:
     """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside."""
-    # Channels last in memory: no copy. Gathering w into a (T, T) matrix per head takes 4 to 300 times as long.
+    # Channels last in memory: no copy. A (T, T) matrix per head gathered from w takes 2 to 300 times as long.
     x = cells.movedim(-1, 1)
     own = x.is_cpu and kernel[0].numel() >= _TAPS_OF_OWN_GRADIENT
     return (_Depthwise.apply if own else _convolve)(x, kernel).movedim(1, -1)

@@ -120,18 +120,18 @@ def _unless(
 ) -> Tensor:
     """`out` if `fine`, else `body` in float64, without a branch in Python."""
 
-    shapes = [tuple(t.shape) for t in (k, v, *w)]
-
-    # One axis only: branches must agree in the strides of results and gradients.
-    def keep(out: Tensor, *flat: Tensor) -> Tensor:
+    # Results and gradients have one axis, since the branches must agree in strides; the detached tensors lend their
+    # shapes, since sizes may not be captured.
+    def keep(out: Tensor, *operands: Tensor) -> Tensor:
         return out.clone()
 
-    def replace(out: Tensor, *flat: Tensor) -> Tensor:
-        k, v, *w = (t.view(shape) for t, shape in zip(flat, shapes, strict=True))
+    def replace(out: Tensor, *operands: Tensor) -> Tensor:
+        half = len(operands) // 2
+        k, v, *w = (t.view_as(like) for t, like in zip(operands[:half], operands[half:], strict=True))
         return body(k.double(), v.double(), *w).to(out.dtype).reshape(-1)
 
-    operands = (out.reshape(-1), *(t.reshape(-1) for t in (k, v, *w)))
-    return torch.cond(fine, keep, replace, operands).view(k.shape)
+    flat = [t.reshape(-1) for t in (out, k, v, *w)]
+    return torch.cond(fine, keep, replace, (*flat, *(t.detach() for t in (k, v, *w)))).view(k.shape)
 
 
 def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:

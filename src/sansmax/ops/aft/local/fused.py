@@ -18,26 +18,22 @@ class Blocks(NamedTuple):
     window: int
     causal: bool
     size: int
-
-    @property
-    def behind(self) -> int:
-        return max(self.window - 1, 0)
-
-    @property
-    def ahead(self) -> int:
-        return 0 if self.causal else self.behind
+    behind: int
+    ahead: int
 
     @property
     def width(self) -> int:
         return self.behind + self.size + self.ahead
 
     def pad(self, x: Tensor, value: float | None = None) -> Tensor:
-        """(..., T, C) -> (..., behind + blocks size + ahead, C)."""
-        return F.pad(x, (0, 0, self.behind, -x.shape[-2] % self.size + self.ahead), value=value)
+        """(T, ...) -> (behind + blocks size + ahead, ...)."""
+        back = -x.shape[0] % self.size + self.ahead
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (self.behind, back), value=value)
 
 
 def blocks(window: int, causal: bool) -> Blocks:
-    return Blocks(window, causal, 64 if window <= 64 else 128)
+    behind = max(window - 1, 0)
+    return Blocks(window, causal, 64 if window <= 64 else 128, behind, 0 if causal else behind)
 
 
 def pairs(tokens: int, window: int, causal: bool) -> int:
@@ -92,10 +88,10 @@ def _rows(w: tuple[Tensor, ...], shape: Blocks, dtype: torch.dtype) -> Tensor:
 
     The last column is the bias 0 of the keys outside the block, -inf where there are none.
     """
-    window, causal, size = shape
+    window, causal, size, behind, ahead = shape
     tokens, device = w[0].shape[0], w[0].device
     starts = torch.arange(0, tokens, size, device=device)
-    reach = torch.arange(-shape.behind, size + shape.ahead, device=device)
+    reach = torch.arange(-behind, size + ahead, device=device)
     keys = starts[:, None] + reach  # (blocks, width)
     tail = (0, 0, 0, -tokens % size)
     if len(w) == 1:
@@ -107,11 +103,11 @@ def _rows(w: tuple[Tensor, ...], shape: Blocks, dtype: torch.dtype) -> Tensor:
 
     distance = torch.arange(size, device=device)[:, None] - reach  # query minus key
     excluded = ((keys < 0) | (keys >= tokens))[:, None]
-    outside = starts > shape.behind
+    outside = starts > behind
     if causal:
         excluded = excluded | (distance < 0)
     else:
-        outside = outside | (starts + size + shape.ahead < tokens)
+        outside = outside | (starts + size + ahead < tokens)
     rows = rows.masked_fill(distance.abs() >= window, 0).masked_fill(excluded, -torch.inf)
     rest = torch.zeros_like(rows[..., :1]).masked_fill(~outside[:, None, None], -torch.inf)
     return torch.cat([rows, rest], -1)
@@ -119,14 +115,15 @@ def _rows(w: tuple[Tensor, ...], shape: Blocks, dtype: torch.dtype) -> Tensor:
 
 def _product(k: Tensor, v: Tensor, rows: Tensor, shape: Blocks) -> Tensor:
     batch, tokens, _ = k.shape
-    weights = _triple.weight(shape.pad(k, -torch.inf), k.detach().amax(1, keepdim=True))
-    values = weights * shape.pad(v)
+    top = k.detach().amax(1)
+    weights = _triple.weight(shape.pad(k.transpose(0, 1), -torch.inf), top)  # (behind + .. + ahead, B, C)
+    values = weights * shape.pad(v.transpose(0, 1))
     rows = _triple.weight(rows, rows.detach().amax(-1, keepdim=True))
     near, rest = rows[..., :-1], rows[..., -1:]
     overlap = shape.width - shape.size
 
     def total(x: Tensor) -> Tensor:
-        x = x.transpose(0, 1).flatten(1)  # (behind + blocks size + ahead, B C)
+        x = x.flatten(1)
         far = _before(x[: x.shape[0] - overlap].unflatten(0, (-1, shape.size)).sum(1))
         if not shape.causal:
             far = far + _before(x[overlap:].unflatten(0, (-1, shape.size)).sum(1).flip(0)).flip(0)
@@ -149,7 +146,8 @@ def _exact(k: Tensor, v: Tensor, w: tuple[Tensor, ...], shape: Blocks) -> Tensor
     shape = shape._replace(size=max(1, min(shape.size, fitting)))
     size, width = shape.size, shape.width
     rows = _rows(w, shape, k.dtype)[..., :-1]
-    k, v = shape.pad(k, -torch.inf), shape.pad(v)
+    k, v = shape.pad(k.transpose(0, 1), -torch.inf), shape.pad(v.transpose(0, 1))
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
     last = k.shape[1] - (width - size)
     far = _far(k[:, :last], v[:, :last], size)
     if not shape.causal:

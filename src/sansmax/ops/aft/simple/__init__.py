@@ -2,9 +2,10 @@
 
     y_t = sigmoid(q_t) * sum_u exp(k_u) v_u / sum_u exp(k_u)        element-wise per channel c
 
-Zhai et al., "An Attention Free Transformer" (arXiv 2105.14103), Eq. 5: Eq. 2 without a position bias. The sum runs
-over all u and is then the same for every t; causal, over u <= t ("limiting the range of the summation", footnote 2).
-There are no heads: every channel has a key of its own. Axes: B batch, T tokens, C channels.
+Zhai et al., "An Attention Free Transformer" (arXiv 2105.14103), Eq. 5: Eq. 2 without a position bias. The
+sum runs over all u and is then the same for every t; causal, over u <= t ("limiting the range of the
+summation", footnote 2). There are no heads: every channel has a key of its own. Axes: B batch, T tokens, C
+channels.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import _check
-from ..._backend import choose
+from ..._backend import choose, no_autocast
 from .. import _triple
 from .._triple import Triple
 from . import fused
@@ -47,7 +48,9 @@ def aft_simple(
         ValueError, TypeError: shapes, dtypes, devices or backend do not fit.
     """
     _check.floating("aft_simple", q=q, k=k, v=v)
-    _check.shape("aft_simple", "q", q, ("B", "T", "C"), "AFT has no head axis; flatten the heads into channels")
+    _check.shape(
+        "aft_simple", "q", q, ("B", "T", "C"), "AFT has no head axis; flatten the heads into channels"
+    )
     for name, tensor in (("k", k), ("v", v)):
         _check.shape("aft_simple", name, tensor, tuple(q.shape), "every query has one key and one value")
     _check.key_mask("aft_simple", mask, q.shape[0], q.shape[1], q)
@@ -67,8 +70,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     visible = visible.tril() if causal else visible[:1]
     rows = max(1, _REFERENCE_ENTRIES // (b * tokens * channels))
     # Recomputed in the backward pass, which would otherwise hold all T x T x C weights.
-    average = [checkpoint(_average, k, v, part, use_reentrant=False) for part in visible.split(rows)]
-    return (q.sigmoid() * torch.cat(average, 1)).to(dtype)
+    with no_autocast(q):
+        average = [checkpoint(_average, k, v, part, use_reentrant=False) for part in visible.split(rows)]
+        return (q.sigmoid() * torch.cat(average, 1)).to(dtype)
 
 
 def _average(k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
