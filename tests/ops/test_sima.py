@@ -168,6 +168,15 @@ def test_extremes(dtype, size, tolerance, causal, error):
     assert error(sima(q, k, v, causal=causal), want) < tolerance
 
 
+@pytest.mark.parametrize("order", ["qk", "kv"])
+def test_the_product_of_the_sums_may_leave_float32(order, error):
+    torch.manual_seed(8)
+    q, k, v = torch.randn(3, 1, 2, 30, 5).unbind(0)
+    want = sima(q.double(), k.double(), v.double())
+    for scale in (1e20, 1e-11):
+        assert error(sima(q * scale, k * scale, v, order=order), want) < 1e-5
+
+
 def test_autocast_keeps_float32_islands(error):
     torch.manual_seed(7)
     q, k, v = torch.randn(3, 1, 2, 300, 8).bfloat16().unbind(0)

@@ -22,7 +22,7 @@ def gallery(images: Images, results: dict[str, Any]) -> list[dict[str, Any]]:
     right = [i for i, count in enumerate(wrong) if not count]
     shown = mistaken[: max(MISTAKES, PICTURES - len(right))]
     rest = PICTURES - len(shown)
-    shown += right[:: max(1, len(right) // rest)][:rest]
+    shown += right[:: max(1, len(right) // max(1, rest))][:rest]
     return [
         {
             "png": _png(images.val_images[i]),

@@ -56,12 +56,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
             images = load_images(config.data, config.img_size)
         config = completed(config, images)
         if images.skipped:
-            first = images.skipped[0]
-            console.print(
-                f"{len(images.skipped)} unreadable images are skipped, {first['path']} first: {first['reason']}",
-                highlight=False,
-                markup=False,
-            )
+            first = "{path}: {reason}".format(**images.skipped[0])
+            _say(console, f"skipped {len(images.skipped)} unreadable images, the first {first}")
         check_continues(folder, settings(config, images))
         records |= {name: _record(folder, name) for name in config.mechanisms}
         _train_all(config, images, folder, records, console)
@@ -91,8 +87,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         done = [name for name in records if _trained(records[name], config.seeds)]
         todo = [name for name in config.mechanisms if name not in done]
         raise KeyboardInterrupt(
-            f"interrupted: {len(done)} of {len(config.mechanisms)} mechanisms are finished and kept in {folder}; "
-            f"the same command goes on with {todo[0] if todo else 'the measurements'}"
+            f"interrupted: {len(done)} of {len(config.mechanisms)} mechanisms are finished and kept in "
+            f"{folder}; the same command goes on with {todo[0] if todo else 'the measurements'}"
         ) from None
     return results
 
@@ -120,7 +116,7 @@ def _train_all(
         if seed not in {run["seed"] for run in record["runs"]}
     ]
     if todo and (kept := sum(len(record["runs"]) for record in records.values())):
-        console.print(f"{folder} holds {kept} finished runs; going on with {todo[0][0]}", highlight=False)
+        _say(console, f"{folder} holds {kept} finished runs; going on with {todo[0][0]}")
     with _progress(console) as progress:
         bar = progress.add_task("", total=len(todo) * config.epochs)
         for name, seed in todo:
@@ -148,11 +144,8 @@ def _train_all(
                 }
             )
             write_json(folder / f"{name}.json", record)
-            console.print(
-                f"{name:<20} {100 * outcome.score:5.1f} %  {outcome.train_seconds:6.1f} s"
-                + (f"  seed {seed}" if len(config.seeds) > 1 else ""),
-                highlight=False,
-            )
+            which = f"{name} (seed {seed})" if len(config.seeds) > 1 else name
+            _say(console, f"{which:<28} {100 * outcome.score:5.1f} %  {outcome.train_seconds:6.1f} s")
 
 
 @contextmanager
@@ -197,6 +190,10 @@ def _measure_all(
                 name, dim=mixer.dim, num_heads=mixer.num_heads, device=config.device, max_tokens=limit
             )
             write_json(folder / f"{name}.json", records[name])
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _call(model: nn.Module, image: Tensor) -> Callable[[], Tensor]:

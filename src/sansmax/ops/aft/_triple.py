@@ -95,11 +95,10 @@ def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
     if levels == 0:
         return _in_pairs(xs, top)
     length = top.shape[-2]
-    chunks = (length + _CHUNK - 1) // _CHUNK
+    chunks = (length + _CHUNK - 1) // _CHUNK + 1
     front = chunks * _CHUNK - length
-    split = (chunks, _CHUNK)
-    xs = [F.pad(x, (0, 0, front, 0)).unflatten(-2, split) for x in xs]
-    top = F.pad(top, (0, 0, front, 0), value=-torch.inf).unflatten(-2, split)
+    xs = [F.pad(x, (0, 0, front, 0)).unfold(-2, _CHUNK, _CHUNK).mT for x in xs]
+    top = F.pad(top, (0, 0, front, 0), value=-torch.inf).unfold(-2, _CHUNK, _CHUNK).mT
     # A compiler fuses the pairs; a loop of 32 steps would take it minutes.
     inside = (_in_pairs if torch.compiler.is_compiling() else _in_turn)(xs, top)
     last = top[..., -1, :]
@@ -109,7 +108,8 @@ def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
         torch.addcmul(y, _shift(carry, 1).unsqueeze(-2), reach).flatten(-3, -2)
         for y, carry in zip(inside, carried, strict=True)
     ]
-    return [y.narrow(-2, front, length) for y in ys]
+    at = torch.arange(length, device=top.device) + front
+    return [y.index_select(-2, at) for y in ys]
 
 
 def _in_turn(xs: list[Tensor], top: Tensor) -> list[Tensor]:

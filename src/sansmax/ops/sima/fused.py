@@ -26,21 +26,17 @@ def sima(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, order: str) 
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, eps: float, order: str) -> Tensor:
-    q_scale, k_scale = _inverse_sum(q, eps), _inverse_sum(k, eps)  # (B, H, D)
+    q_sum, k_sum = (t.abs().sum(-2).clamp_(min=eps) for t in (q, k))  # (B, H, D)
+    # One division after the other: the product of the sums may leave the range of float32.
     if order == "qk":
-        weights = q * (q_scale * k_scale)[..., None, :]
-        return heads_matmul(heads_matmul(weights, k.mT), v)
-    if q.is_cpu and not torch.compiler.is_compiling():
-        kv = heads_matmul(k.mT, v)
-        if finite(kv):
-            return heads_matmul(q, kv * (q_scale * k_scale)[..., None])
-    # |k^| <= 1, so this cannot overflow whatever k holds; it costs a pass over k.
-    kv = heads_matmul((k * k_scale[..., None, :]).mT, v)
-    return heads_matmul(q, kv * q_scale[..., None])
-
-
-def _inverse_sum(x: Tensor, eps: float) -> Tensor:
-    return x.abs().sum(-2).clamp(min=eps).reciprocal()
+        return heads_matmul(heads_matmul(q / q_sum[..., None, :] / k_sum[..., None, :], k.mT), v)
+    kv = heads_matmul(k.mT, v)
+    if q.is_cpu and not torch.compiler.is_compiling() and finite(kv):
+        kv = kv / k_sum[..., None]
+    else:
+        # |k^| <= 1, so this cannot overflow whatever k holds; it costs a pass over k.
+        kv = heads_matmul((k / k_sum[..., None, :]).mT, v)
+    return heads_matmul(q, kv / q_sum[..., None])
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:

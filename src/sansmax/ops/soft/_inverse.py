@@ -83,10 +83,14 @@ def exact_dtype(x: Tensor, inverse: str) -> torch.dtype:
     return torch.float64 if wide and x.device.type != "mps" else torch.float32
 
 
-@torch.compiler.assume_constant_result
 def _rounds_float32(device: str) -> bool:
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
     return backend is not None and backend.matmul.fp32_precision in ("tf32", "bf16")
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler and triton for it: torch.compile cannot
+# trace the flags, and so reads them once.
+vars(_rounds_float32)["_dynamo_marked_constant"] = True
 
 
 def landmark_inverse(a: Tensor, inverse: str, iterations: int, batchwise: bool) -> Tensor:

@@ -59,8 +59,9 @@ class _Gaussian(torch.autograd.Function):
 def _origin(y: Tensor) -> tuple[float, Tensor]:
     """Where coordinates are cut, and the point that becomes the origin.
 
-    Distances do not change when both sides move, and |x|^2 + |y|^2 - 2 x y rounds less near the origin. Squares
-    beyond the limit would overflow, and inf - inf is NaN; with a smaller limit for y two cut points stay apart.
+    Distances do not change when both sides move, and |x|^2 + |y|^2 - 2 x y rounds less near the origin.
+    Squares beyond the limit would overflow, and inf - inf is NaN; a smaller limit for y keeps two cut points
+    apart.
     """
     limit = torch.finfo(y.dtype).max ** 0.45
     return limit, y.detach().clamp(-limit / 4, limit / 4).mean(-2, keepdim=True)

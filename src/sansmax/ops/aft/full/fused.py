@@ -120,18 +120,14 @@ def _unless(
 ) -> Tensor:
     """`out` if `fine`, else `body` in float64, without a branch in Python."""
 
-    # Results and gradients have one axis, since the branches must agree in strides; the detached tensors lend their
-    # shapes, since sizes may not be captured.
-    def keep(out: Tensor, *operands: Tensor) -> Tensor:
-        return out.clone()
+    def keep(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+        return torch.zeros_like(k)
 
-    def replace(out: Tensor, *operands: Tensor) -> Tensor:
-        half = len(operands) // 2
-        k, v, *w = (t.view_as(like) for t, like in zip(operands[:half], operands[half:], strict=True))
-        return body(k.double(), v.double(), *w).to(out.dtype).reshape(-1)
+    def replace(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+        return body(k.double(), v.double(), *w).to(k.dtype).contiguous()
 
-    flat = [t.reshape(-1) for t in (out, k, v, *w)]
-    return torch.cond(fine, keep, replace, (*flat, *(t.detach() for t in (k, v, *w)))).view(k.shape)
+    operands = tuple(t.detach().contiguous() for t in (k, v, *w))
+    return torch.where(fine, out, torch.cond(fine, keep, replace, operands))
 
 
 def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
