@@ -148,20 +148,22 @@ def test_half_precision_at_its_limits(dtype, causal, backend, error):
     assert error(got, literal(q, k, v, causal)) < 2 * torch.finfo(dtype).eps
 
 
-def test_causal_compiles_and_exports(error):
-    compiled = torch.compile(aft_simple, backend="aot_eager", fullgraph=True)
+@each_form
+def test_one_graph_for_every_length(causal, error):
+    compiled = torch.compile(aft_simple, backend="eager", fullgraph=True)
     for tokens in (9, 40, 33):
         inputs = draw(2, tokens, 3, spread=100)
-        assert error(compiled(*inputs, causal=True), literal(*inputs, True)) < 1e-12
+        assert error(compiled(*inputs, causal=causal), literal(*inputs, causal)) < 1e-12
 
-    class Causal(torch.nn.Module):
+    class Simple(torch.nn.Module):
         def forward(self, q, k, v):
-            return aft_simple(q, k, v, causal=True)
+            return aft_simple(q, k, v, causal=causal)
 
     length = torch.export.Dim("length", max=4096)
-    program = torch.export.export(Causal(), inputs, dynamic_shapes=({1: length},) * 3)
-    inputs = draw(2, 50, 3)
-    assert error(program.module()(*inputs), literal(*inputs, True)) < 1e-12
+    program = torch.export.export(Simple(), inputs, dynamic_shapes=({1: length},) * 3)
+    for tokens in (1, 50, 1057):
+        inputs = draw(2, tokens, 3)
+        assert error(program.module()(*inputs), literal(*inputs, causal)) < 1e-12
 
 
 @pytest.mark.parametrize(

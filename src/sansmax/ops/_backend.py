@@ -54,4 +54,9 @@ def _triton_refusal(op: str, x: torch.Tensor) -> str | None:
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     """A float32 island: autocast off for the device of `x` (a no-op where it is off, which saves 5 us)."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    known = torch.amp.is_autocast_available(device)  # not for meta tensors
+    return (
+        torch.autocast(device, enabled=False)
+        if known and torch.is_autocast_enabled(device)
+        else nullcontext()
+    )

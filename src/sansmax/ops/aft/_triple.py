@@ -95,10 +95,11 @@ def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
     if levels == 0:
         return _in_pairs(xs, top)
     length = top.shape[-2]
-    chunks = (length + _CHUNK - 1) // _CHUNK + 1
-    front = chunks * _CHUNK - length
-    xs = [F.pad(x, (0, 0, front, 0)).unfold(-2, _CHUNK, _CHUNK).mT for x in xs]
-    top = F.pad(top, (0, 0, front, 0), value=-torch.inf).unfold(-2, _CHUNK, _CHUNK).mT
+    # At least one chunk of padding, `unfold` and `index_select`: views would compare sizes with one another,
+    # and an exported graph would then hold for one length only.
+    front = ((length + _CHUNK - 1) // _CHUNK + 1) * _CHUNK - length
+    xs = [_chunked(x, front) for x in xs]  # (..., chunks, _CHUNK, C)
+    top = _chunked(top, front, -torch.inf)
     # A compiler fuses the pairs; a loop of 32 steps would take it minutes.
     inside = (_in_pairs if torch.compiler.is_compiling() else _in_turn)(xs, top)
     last = top[..., -1, :]
@@ -108,8 +109,12 @@ def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
         torch.addcmul(y, _shift(carry, 1).unsqueeze(-2), reach).flatten(-3, -2)
         for y, carry in zip(inside, carried, strict=True)
     ]
-    at = torch.arange(length, device=top.device) + front
-    return [y.index_select(-2, at) for y in ys]
+    kept = torch.arange(length, device=top.device) + front
+    return [y.index_select(-2, kept) for y in ys]
+
+
+def _chunked(x: Tensor, front: int, value: float = 0.0) -> Tensor:
+    return F.pad(x, (0, 0, front, 0), value=value).unfold(-2, _CHUNK, _CHUNK).mT
 
 
 def _in_turn(xs: list[Tensor], top: Tensor) -> list[Tensor]:
