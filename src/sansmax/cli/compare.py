@@ -10,7 +10,7 @@ def main(
     epochs: int | None = None,
     img_size: int | None = None,
     patch_size: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 48,
     lr: float = 2e-3,
     seeds: tuple[int, ...] = (1,),
     device: str = "auto",
@@ -27,7 +27,7 @@ def main(
             FOLDER/<class>/*.jpg or FOLDER/train/<class>/*.jpg with FOLDER/val/<class>/*.jpg.
         mechanisms: names from `sansmax list` (default: all); softmax, the yardstick, is always among them.
         trunk: vit_mini or a Vision Transformer of timm, such as vit_tiny_patch16_224.
-        epochs: passes over the training images (default: 16 for digits, 30 for a folder).
+        epochs: passes over the training images (default: 14 for digits, 30 for a folder).
         img_size: side of the square images (default: 8 for digits, 64 for a folder).
         patch_size: side of a patch (default for vit_mini: 2 for digits, 8 for a folder).
         batch_size: images an update.

@@ -1,8 +1,7 @@
 """The post-norm block of the SOFT pyramid, for any mechanism."""
 
-from functools import partial
-
-from timm.layers import Mlp
+from timm.layers.activations import GELUTanh
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from sansmax.layers._contract import Grid, Mixer
@@ -13,8 +12,8 @@ __all__ = ["PostNormBlock"]
 class PostNormBlock(nn.Module):
     """y = norm1(x + drop(mixer(x))); out = norm2(y + drop(mlp(y))): (B, N, C) -> (B, N, C).
 
-    Published code of SOFT, class SoftmaxFreeTransformerBlock: the norms come after the sums (LayerNorm eps 1e-5),
-    the MLP's GELU is the tanh approximation, and what the recipe calls drop path is an ordinary dropout here.
+    Published code of SOFT, class SoftmaxFreeTransformerBlock: the norms come after the sums (LayerNorm eps
+    1e-5), the MLP's GELU is the tanh approximation, and what the recipe calls drop path is an ordinary dropout.
     """
 
     def __init__(
@@ -26,7 +25,7 @@ class PostNormBlock(nn.Module):
         self.mlp = Mlp(
             dim,
             int(dim * mlp_ratio),
-            act_layer=partial(nn.GELU, approximate="tanh"),
+            act_layer=GELUTanh,
             device=device,
             dtype=dtype,
         )

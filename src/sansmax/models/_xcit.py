@@ -1,7 +1,7 @@
 """Blocks of the XCiT trunk for any mechanism, and the class attention that SimA puts in place of CaiT's.
 
-timm's XCiT supplies stem, Fourier positions, local patch interaction and the residual wiring; the published SimA
-code (sima.py) differs from XCiT in the two attentions alone, and its state dict has the same keys.
+timm's XCiT supplies stem, Fourier positions, local patch interaction and the residual wiring; the published
+SimA code (sima.py) differs from XCiT in the two attentions alone, and its state dict has the same keys.
 """
 
 import torch
@@ -17,9 +17,9 @@ __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock"]
 class SimAClassAttention(nn.Module):
     """SimA for a class token that asks all tokens: (B, N, C) -> (B, 1, C).
 
-    q and k are divided by max(sum over all N tokens |.|, eps) and only the class token's row of q (token 0) is
-    used: out = proj(dropout(q^_0 k^^T) v). q is therefore computed for every token. Published code sima.py, class
-    ClassAttention; its eps is 1e-6, not the 1e-12 of SimA. Cost O(N C) besides the projections.
+    q and k are divided by max(sum over all N tokens |.|, eps) and only the class token's row of q (token 0)
+    is used: out = proj(dropout(q^_0 k^^T) v). q is therefore computed for every token. Published code sima.py,
+    class ClassAttention; its eps is 1e-6, not the 1e-12 of SimA. Cost O(N C) besides the projections.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from .checkpoint import read_json, write_json
 __all__ = ["BASELINE", "CompareConfig", "check_continues", "checked", "completed", "network", "settings"]
 
 BASELINE = "softmax"  # all figures are compared with it
-DIGITS = {"epochs": 16, "img_size": 8, "patch_size": 2}
+DIGITS = {"epochs": 14, "img_size": 8, "patch_size": 2}
 PHOTOS = {"epochs": 30, "img_size": 64, "patch_size": 8}
 
 
@@ -36,7 +36,7 @@ class CompareConfig:
     epochs: int | None = None
     img_size: int | None = None
     patch_size: int | None = None
-    batch_size: int = 64
+    batch_size: int = 48
     lr: float = 2e-3
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"

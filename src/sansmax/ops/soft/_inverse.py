@@ -88,8 +88,8 @@ def _rounds_float32(device: str) -> bool:
     return backend is not None and backend.matmul.fp32_precision in ("tf32", "bf16")
 
 
-# What torch.compiler.assume_constant_result does, which imports the compiler and triton for it: torch.compile cannot
-# trace the flags, and so reads them once.
+# What torch.compiler.assume_constant_result does, which imports the compiler and triton for it: torch.compile
+# cannot trace the flags, and reads them once.
 vars(_rounds_float32)["_dynamo_marked_constant"] = True
 
 

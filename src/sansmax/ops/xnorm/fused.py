@@ -56,11 +56,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float) -
     outs, kv = [], k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     # The backward pass makes the matrices of a chunk again instead of keeping those of all tokens.
     recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    for chunk in zip(*(t.split(CHUNK, dim=2) for t in (q, k, v)), strict=True):
+    for q_i, k_i, v_i in zip(q.split(CHUNK, 2), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
         if recompute:
-            out, kv = checkpoint(_causal_chunk, *chunk, kv, eps, use_reentrant=False)
+            out, kv = checkpoint(_causal_chunk, q_i, k_i, v_i, kv, eps, use_reentrant=False)
         else:
-            out, kv = _causal_chunk(*chunk, kv, eps)
+            out, kv = _causal_chunk(q_i, k_i, v_i, kv, eps)
         outs.append(out)
     return torch.cat(outs, dim=2) * row_scale(q, gamma, eps)
 

@@ -14,22 +14,25 @@ from .._triple import Triple
 # Taps that are read at a time: their products are held.
 _TAPS = 16
 
-# Up to this length a matrix sums the tokens out of reach faster than two scans do.
-MATRIX_LENGTH = 256
 
+def by_regions(
+    k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, short: tuple[bool, bool] | None
+) -> Tensor:
+    """k (B, H, T), v (B, H, T, dh), w (H, kernel rows, kernel columns) -> averages (B, H, T, dh).
 
-def by_regions(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, causal: bool) -> Tensor:
-    """k (B, H, T), v (B, H, T, dh), w (H, kernel rows, kernel columns) -> averages (B, H, T, dh)."""
+    `short` tells of each side of the grid whether a matrix serves it; None asks for the causal form.
+    """
     everything = _triple.tokens(k.unsqueeze(-1), v)
     cells = everything.map(lambda part: part[:, :, prefix:].unflatten(2, grid))  # (B, H, rows, columns, .)
     rows, columns = w.shape[1] // 2, w.shape[2] // 2
-    if causal:
+    if short is None:
         left, right = w.shape[2] - 1, 0
         strips, parts = _triple.shift(_triple.scan(cells), left + 1), []
     else:
         left = right = columns
         whole_rows = _triple.total(cells).map(lambda part: part.squeeze(-2))
-        strips, parts = _far(cells, columns), [_far(whole_rows, rows).map(lambda part: part.unsqueeze(-2))]
+        strips = _far(cells, columns, short[1])
+        parts = [_far(whole_rows, rows, short[0]).map(lambda part: part.unsqueeze(-2))]
 
     strips, cells = _pad(strips, (0, 0, 0, 0, rows, rows)), _pad(cells, (0, 0, left, right, rows, rows))
     for row in range(w.shape[1]):
@@ -48,11 +51,10 @@ def by_regions(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: i
     return average
 
 
-def _far(x: Triple, reach: int) -> Triple:
+def _far(x: Triple, reach: int, short: bool) -> Triple:
     """Entry t sums the entries u with |u - t| > reach."""
-    length = x.top.shape[-2]
-    if uses_matrix(length):
-        near = distance(length, x.top.device) <= reach
+    if short:
+        near = distance(x.top.shape[-2], x.top.device) <= reach
         exponents = x.top.mT.masked_fill(near, -torch.inf)  # (..., t, u)
         top = exponents.detach().amax(-1, keepdim=True)
         weights = _triple.weight(exponents, top)
@@ -77,11 +79,6 @@ def _pad(x: Triple, pad: tuple[int, ...]) -> Triple:
 
 def _narrow(x: Triple, dim: int, start: int, length: int) -> Triple:
     return x.map(lambda part: part.narrow(dim, start, length))
-
-
-def uses_matrix(length: int) -> bool:
-    """False for a symbolic length: an exported graph serves all of them."""
-    return isinstance(length, int) and length <= MATRIX_LENGTH
 
 
 def distance(length: int, device: torch.device) -> Tensor:

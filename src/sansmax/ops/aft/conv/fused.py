@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ..._backend import no_autocast
 from .. import _triple
-from ._regions import by_regions, distance, uses_matrix
+from ._regions import by_regions, distance
 
 # Eq. 6 multiplies rounding errors by exp(-w), here at most 20.
 _LOWEST_OF_EQ6 = -3.0
 
 # A sum below exp(-60) of the largest key may lack terms that float32 flushed to zero, and exp(w) lifts those.
 _LOWEST_SUM, _HIGHEST_W = -60.0, 40.0
+
+# Up to this length a matrix sums the tokens out of reach faster than cumulative sums do.
+_SHORT = 256
 
 # From this many taps on PyTorch's own kernel gradient on the CPU takes 3 to 25 times as long as ours.
 _TAPS_OF_OWN_GRADIENT = 25
@@ -35,7 +38,7 @@ def aft_conv(
         q, k, v, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, w))
         v = v.unflatten(-1, (k.shape[-1], -1))  # (B, T, H, dh)
         if causal:
-            average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, causal).transpose(1, 2)
+            average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, short=None).transpose(1, 2)
         else:
             average = _centred(k, v, w, grid, prefix)
         return (q.sigmoid() * average.flatten(-2)).to(dtype)
@@ -43,16 +46,18 @@ def aft_conv(
 
 def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     """The averages (B, T, H, dh)."""
+    # A symbolic length is not an int: an exported graph serves all of them.
+    short = (isinstance(grid[0], int) and grid[0] <= _SHORT, isinstance(grid[1], int) and grid[1] <= _SHORT)
 
     def regions(average, k, v, w):
-        return by_regions(k, v, w, grid, prefix, causal=False).transpose(1, 2).contiguous()
+        return by_regions(k, v, w, grid, prefix, short).transpose(1, 2).contiguous()
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
         low, high = w.detach().aminmax()
         if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
-            return _by_convolution(k, v, w, grid, prefix, eq6=True)[0]
-    average, exact = _by_convolution(k, v, w, grid, prefix, eq6=False)
+            return _by_convolution(k, v, w, grid, prefix, None)[0]
+    average, exact = _by_convolution(k, v, w, grid, prefix, short)
     k, v = k.mT, v.transpose(1, 2)
     if compiling:
         # cond wants the outputs and the gradients of both branches in one memory layout.
@@ -62,22 +67,25 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
 
 
 def _by_convolution(
-    k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, eq6: bool
+    k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, short: tuple[bool, bool] | None
 ) -> tuple[Tensor, Tensor]:
-    """The averages (B, T, H, dh), and whether no sum underflowed; gradients are finite even then."""
+    """The averages (B, T, H, dh), and whether no sum underflowed; gradients are finite even then.
+
+    `short` tells of each side of the grid whether a matrix serves it; None asks for Eq. 6.
+    """
     heads, width = v.shape[-2:]
     top = k.detach().amax(1, keepdim=True)
     weights = _triple.weight(k, top)  # (B, T, H)
     x = torch.cat([(weights.unsqueeze(-1) * v).flatten(-2), weights], -1)  # (B, T, C + H)
     cells = x[:, prefix:].unflatten(1, grid)  # (B, rows, columns, C + H)
     everything = x.sum(1, keepdim=True)
-    taps = w.expm1() if eq6 else w.clamp(max=_HIGHEST_W).exp()
+    taps = w.expm1() if short is None else w.clamp(max=_HIGHEST_W).exp()
     kernel = torch.cat([taps.repeat_interleave(width, 0), taps]).unsqueeze(1)
     sums = _depthwise(cells, kernel)
-    if eq6:
+    if short is None:
         sums = sums.flatten(1, 2) + everything
     else:
-        sums = (sums + _out_of_reach(cells, w.shape[1] // 2, w.shape[2] // 2)).flatten(1, 2)
+        sums = (sums + _out_of_reach(cells, w.shape[1] // 2, w.shape[2] // 2, short)).flatten(1, 2)
         if prefix:
             sums = sums + x[:, :prefix].sum(1, keepdim=True)
     if prefix:
@@ -89,20 +97,20 @@ def _by_convolution(
     return num.unflatten(-1, (heads, width)) / den.masked_fill(lost, 1).unsqueeze(-1), exact
 
 
-def _out_of_reach(cells: Tensor, row_reach: int, column_reach: int) -> Tensor:
+def _out_of_reach(cells: Tensor, row_reach: int, column_reach: int, short: tuple[bool, bool]) -> Tensor:
     """For each cell of (B, rows, columns, C) the sum over all cells outside the kernel around it."""
-    far_rows = _far(cells.sum(2), row_reach).unsqueeze(2)
-    far_columns = _far(cells, column_reach)
+    far_rows = _far(cells.sum(2), row_reach, short[0]).unsqueeze(2)
+    far_columns = _far(cells, column_reach, short[1])
     if row_reach:
         near = (distance(cells.shape[1], cells.device) <= row_reach).to(cells.dtype)
         far_columns = (near @ far_columns.flatten(2)).view_as(cells)
     return far_rows + far_columns
 
 
-def _far(x: Tensor, reach: int) -> Tensor:
+def _far(x: Tensor, reach: int, short: bool) -> Tensor:
     """y_t = sum of x_u over |u - t| > reach; tokens in dimension -2."""
     length = x.shape[-2]
-    if uses_matrix(length):
+    if short:
         return (distance(length, x.device) > reach).to(x.dtype) @ x
     before = F.pad(x.cumsum(-2), (0, 0, reach + 1, 0)).narrow(-2, 0, length)
     after = F.pad(x.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, reach + 1)).narrow(-2, reach + 1, length)

@@ -21,31 +21,37 @@ LIMITS = {torch.float32: 60.0, torch.float64: 600.0}
 # Query rows of one product: exp(w) of a block stays in cache and nothing T x T is made without gradients.
 ROWS = 512
 
-# Entries of one (B, rows, T, C) temporary of `direct`.
+# Entries of one (B, rows, T, C) temporary of `exact`.
 ENTRIES = 1 << 21
 
+Bias = tuple[Tensor, ...]  # (w,) or its factors (u, v)
 
-def aft_full(q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], causal: bool) -> Tensor:
-    """`w` is (w,) or its factors (u, v); masked keys are -inf and hold zeros in v."""
+
+def aft_full(q: Tensor, k: Tensor, v: Tensor, w: Bias, causal: bool) -> Tensor:
+    """Masked keys are -inf and hold zeros in v."""
     dtype = q.dtype
     with no_autocast(q):
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        w = crop(w, k.shape[1])
-
-        def reach(k: Tensor, *w: Tensor) -> Tensor:
-            return depth(k, (rows for _, rows in biases(w, causal, k.dtype, ROWS)))
-
-        def product(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-            return _product(k, v, biases(w, causal, k.dtype, ROWS))
-
-        def direct(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-            return exact(k, v, biases(w, causal, k.dtype, max(1, ENTRIES // k.numel())))
-
-        return (torch.sigmoid(q) * choose_range(reach, product, direct, k, v, w)).to(dtype)
+        return (torch.sigmoid(q) * _mean(k, v, crop(w, k.shape[1]), causal)).to(dtype)
 
 
-def crop(w: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+def _mean(k: Tensor, v: Tensor, w: Bias, causal: bool, window: int = 0) -> Tensor:
+    def reach(k: Tensor, w: Bias) -> Tensor:
+        return depth(k, (rows for _, rows in biases(w, causal, k.dtype, ROWS)))
+
+    def product(k: Tensor, v: Tensor, w: Bias) -> Tensor:
+        return _product(k, v, biases(w, causal, k.dtype, ROWS))
+
+    def direct(k: Tensor, v: Tensor, w: Bias) -> Tensor:
+        return exact(k, v, biases(w, causal, k.dtype, max(1, ENTRIES // k.numel())))
+
+    return choose_range(
+        k, v, w, reach, product, direct, lambda *first: _correct(*first, k, v, w, causal, window)
+    )
+
+
+def crop(w: Bias, tokens: int) -> Bias:
     """The corner of a dense w, the first rows of its factors."""
     if torch.compiler.is_exporting():
         # A slice would exclude tokens == T_max from the exported range of lengths.
@@ -55,9 +61,7 @@ def crop(w: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
     return (w[0][:tokens], w[1][:tokens]) if len(w) == 2 else (w[0][:tokens, :tokens],)
 
 
-def biases(
-    w: tuple[Tensor, ...], causal: bool, dtype: torch.dtype, size: int
-) -> Iterator[tuple[int, Tensor]]:
+def biases(w: Bias, causal: bool, dtype: torch.dtype, size: int) -> Iterator[tuple[int, Tensor]]:
     """(end, w[start:start + size, :end]), -inf in the future; one block of all rows while compiling."""
     start, tokens = 0, w[0].shape[0]
     for rows in [w[0]] if torch.compiler.is_compiling() else w[0].split(size):
@@ -92,42 +96,94 @@ def _spans(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def choose_range(
-    reach: Callable[..., Tensor],
-    product: Callable[..., Tensor],
-    exact: Callable[..., Tensor],
     k: Tensor,
     v: Tensor,
-    w: tuple[Tensor, ...],
+    w: Bias,
+    reach: Callable[[Tensor, Bias], Tensor],
+    product: Callable[[Tensor, Tensor, Bias], Tensor],
+    direct: Callable[[Tensor, Tensor, Bias], Tensor],
+    correct: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`product` where `reach` allows it in the dtype of k, else in float64, else `exact` in float64."""
+    """`product` where `reach` allows it in the dtype of k, else in float64, else `direct` in float64."""
     limit, wide_limit = LIMITS[k.dtype], LIMITS[torch.float64]
-    if torch.compiler.is_compiling():
-        bound = reach(k, *w)
-        out = product(k, v, *w)
-        if k.dtype == torch.float32:
-            out = _unless(bound <= limit, product, out, k, v, w)
-        return _unless(bound <= wide_limit, exact, out, k, v, w)
-    # Reading the bound waits for the device.
-    bound = reach(k, *w).item()
-    if not bound > limit:
-        return product(k, v, *w)
-    body = exact if bound > wide_limit else product
-    return body(k.double(), v.double(), *w).to(k.dtype)
+    bound = reach(k, w)
+    if not torch.compiler.is_compiling():
+        bound = bound.item()  # waits for the device
+        if not bound > limit:
+            return product(k, v, w)
+        return (direct if bound > wide_limit else product)(k.double(), v.double(), w).to(k.dtype)
+    out = product(k, v, w)
+    if not torch.compiler.is_exporting():
+        return correct(out, bound <= limit)
+    if k.dtype == torch.float32:
+        out = _unless(bound <= limit, product, out, k, v, w)
+    return _unless(bound <= wide_limit, direct, out, k, v, w)
 
 
-def _unless(
-    fine: Tensor, body: Callable[..., Tensor], out: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...]
-) -> Tensor:
-    """`out` if `fine`, else `body` in float64, without a branch in Python."""
+def _unless(fine: Tensor, body: Callable[..., Tensor], out: Tensor, k: Tensor, v: Tensor, w: Bias) -> Tensor:
+    """`out` if `fine`, else `body` in float64, as a branch of the exported graph; it carries no gradient."""
 
-    def keep(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
+    def skip(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
         return torch.zeros_like(k)
 
     def replace(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-        return body(k.double(), v.double(), *w).to(k.dtype).contiguous()
+        return body(k.double(), v.double(), w).to(k.dtype).contiguous()
 
     operands = tuple(t.detach().contiguous() for t in (k, v, *w))
-    return torch.where(fine, out, torch.cond(fine, keep, replace, operands))
+    return torch.where(fine, out, torch.cond(fine, skip, replace, operands))
+
+
+def correction(name: str, mean: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """(out, fine, k, v, w, causal, window) -> `out` if `fine`, else `mean`, chosen outside the compiled graph.
+
+    As torch.cond it would trace every body in every graph, and its gradients fail where the strides of the branches
+    differ (torch 2.15).
+    """
+
+    @torch.library.custom_op(f"sansmax::{name}", mutates_args=())
+    def forward(
+        out: Tensor, fine: Tensor, k: Tensor, v: Tensor, w: list[Tensor], causal: bool, window: int
+    ) -> Tensor:
+        out = out if fine else mean(k, v, tuple(w), causal, window)
+        return out.clone(memory_format=torch.contiguous_format)
+
+    # custom_op would run this below autograd, where nothing is recorded.
+    arguments = "Tensor grad, Tensor fine, Tensor k, Tensor v, Tensor[] w, bool causal, int window"
+    torch.library.define(f"sansmax::{name}_backward", f"({arguments}) -> Tensor[]")
+
+    @torch.library.impl(f"sansmax::{name}_backward", "CompositeExplicitAutograd")
+    def _(grad, fine, k, v, w, causal, window):
+        inputs = [t.detach().requires_grad_() for t in (k, v, *w)]
+        if fine:
+            return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        with torch.enable_grad():
+            out = mean(*inputs[:2], tuple(inputs[2:]), causal, window)
+        return [t.contiguous() for t in torch.autograd.grad(out, inputs, grad)]
+
+    @torch.library.register_fake(f"sansmax::{name}_backward")
+    def _(grad, fine, k, v, w, causal, window):
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v, *w)]
+
+    backward = getattr(torch.ops.sansmax, f"{name}_backward").default
+
+    @forward.register_fake
+    def _(out, fine, k, v, w, causal, window):
+        return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+    def setup_context(ctx, inputs, output):
+        _, fine, k, v, w, ctx.causal, ctx.window = inputs
+        ctx.save_for_backward(fine, k, v, *w)
+
+    def differentiate(ctx, grad):
+        fine, k, v, *w = ctx.saved_tensors
+        dk, dv, *dw = backward(grad, fine, k, v, w, ctx.causal, ctx.window)
+        return grad.masked_fill(~fine, 0), None, dk, dv, dw, None, None
+
+    forward.register_autograd(differentiate, setup_context=setup_context)
+    return lambda out, fine, k, v, w, causal, window: forward(out, fine, k, v, list(w), causal, window)
+
+
+_correct = correction("aft_full", _mean)
 
 
 def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:

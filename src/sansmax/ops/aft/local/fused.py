@@ -49,41 +49,48 @@ def _short(tokens: int, shape: Blocks) -> bool:
     return tokens <= max(2 * shape.width, shape.window)
 
 
-def aft_local(
-    q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], window: int, causal: bool
-) -> Tensor:
-    """`w` is (w,) or its factors (u, v); masked keys are -inf and hold zeros in v."""
-    shape = blocks(window, causal)
-    dtype, tokens = q.dtype, k.shape[1]
+def aft_local(q: Tensor, k: Tensor, v: Tensor, w: full.Bias, window: int, causal: bool) -> Tensor:
+    """Masked keys are -inf and hold zeros in v."""
+    dtype = q.dtype
     with no_autocast(q):
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        w = full.crop(w, tokens)
-        if not torch.compiler.is_compiling() and _short(tokens, shape):
+        w = full.crop(w, k.shape[1])
+        if not torch.compiler.is_compiling() and _short(k.shape[1], blocks(window, causal)):
             return full.aft_full(q, k, v, (_dense(w, window, k.dtype),), causal).to(dtype)
-
-        def reach(k: Tensor, *w: Tensor) -> Tensor:
-            return full.depth(k, [_rows(w, shape, k.dtype)])
-
-        def product(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-            return _product(k, v, _rows(w, shape, k.dtype), shape)
-
-        def exact(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-            if torch.compiler.is_compiling():
-                dense = (_dense(w, window, k.dtype),)
-                return full.exact(k, v, full.biases(dense, causal, k.dtype, tokens))
-            return _exact(k, v, w, shape)
-
-        return (torch.sigmoid(q) * full.choose_range(reach, product, exact, k, v, w)).to(dtype)
+        return (torch.sigmoid(q) * _mean(k, v, w, causal, window)).to(dtype)
 
 
-def _dense(w: tuple[Tensor, ...], window: int, dtype: torch.dtype) -> Tensor:
+def _mean(k: Tensor, v: Tensor, w: full.Bias, causal: bool, window: int) -> Tensor:
+    shape = blocks(window, causal)
+
+    def reach(k: Tensor, w: full.Bias) -> Tensor:
+        return full.depth(k, [_rows(w, shape, k.dtype)])
+
+    def product(k: Tensor, v: Tensor, w: full.Bias) -> Tensor:
+        return _product(k, v, _rows(w, shape, k.dtype), shape)
+
+    def direct(k: Tensor, v: Tensor, w: full.Bias) -> Tensor:
+        if torch.compiler.is_exporting():
+            dense = (_dense(w, window, k.dtype),)
+            return full.exact(k, v, full.biases(dense, causal, k.dtype, k.shape[1]))
+        return _exact(k, v, w, shape)
+
+    return full.choose_range(
+        k, v, w, reach, product, direct, lambda *first: _correct(*first, k, v, w, causal, window)
+    )
+
+
+_correct = full.correction("aft_local", _mean)
+
+
+def _dense(w: full.Bias, window: int, dtype: torch.dtype) -> Tensor:
     dense = w[0].to(dtype) if len(w) == 1 else w[0].to(dtype) @ w[1].to(dtype).mT
     at = torch.arange(dense.shape[0], device=dense.device)
     return dense.masked_fill((at[:, None] - at).abs() >= window, 0)
 
 
-def _rows(w: tuple[Tensor, ...], shape: Blocks, dtype: torch.dtype) -> Tensor:
+def _rows(w: full.Bias, shape: Blocks, dtype: torch.dtype) -> Tensor:
     """w' (blocks, size, width + 1); -inf for keys that do not exist or lie in the future of a causal query.
 
     The last column is the bias 0 of the keys outside the block, -inf where there are none.
@@ -139,7 +146,7 @@ def _before(x: Tensor) -> Tensor:
     return F.pad(x.cumsum(0)[:-1], (0, 0, 1, 0))
 
 
-def _exact(k: Tensor, v: Tensor, w: tuple[Tensor, ...], shape: Blocks) -> Tensor:
+def _exact(k: Tensor, v: Tensor, w: full.Bias, shape: Blocks) -> Tensor:
     """One exponent per (query, key of its block, channel), and the other keys as running sums."""
     batch, tokens, channels = k.shape
     fitting = full.ENTRIES // (batch * channels * shape.width)
