@@ -1,7 +1,7 @@
 """Attention without softmax, in linear time: SimA, SOFT, X-ViT, External Attention and AFT.
 
-Importing this loads torch and nothing heavier; `sansmax.layers`, `sansmax.create_model` and the rest load what
-they need (timm, torchvision) when they are first used.
+Importing this loads torch and nothing heavier; `sansmax.layers`, `sansmax.create_model` and the rest load
+what they need (timm, torchvision) when they are first used.
 """
 
 from importlib import import_module

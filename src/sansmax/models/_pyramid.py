@@ -13,7 +13,7 @@ class PostNormBlock(nn.Module):
     """y = norm1(x + drop(mixer(x))); out = norm2(y + drop(mlp(y))): (B, N, C) -> (B, N, C).
 
     Published code of SOFT, class SoftmaxFreeTransformerBlock: the norms come after the sums (LayerNorm eps
-    1e-5), the MLP's GELU is the tanh approximation, and what the recipe calls drop path is an ordinary dropout.
+    1e-5), the MLP's GELU is the tanh approximation, and the recipe's drop path is an ordinary dropout.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ class SimAClassAttention(nn.Module):
     """SimA for a class token that asks all tokens: (B, N, C) -> (B, 1, C).
 
     q and k are divided by max(sum over all N tokens |.|, eps) and only the class token's row of q (token 0)
-    is used: out = proj(dropout(q^_0 k^^T) v). q is therefore computed for every token. Published code sima.py,
-    class ClassAttention; its eps is 1e-6, not the 1e-12 of SimA. Cost O(N C) besides the projections.
+    is used: out = proj(dropout(q^_0 k^^T) v). q is therefore computed for every token. Published code
+    sima.py, class ClassAttention; its eps is 1e-6, not the 1e-12 of SimA. O(N C) besides the projections.
     """
 
     def __init__(
