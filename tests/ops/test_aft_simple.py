@@ -51,6 +51,17 @@ def test_literal_equation(tokens, causal, backend, error):
 
 
 @each_form
+def test_reference_in_several_parts(causal, error, monkeypatch):
+    inputs = [x.requires_grad_() for x in draw(2, 11, 5)]
+    out = aft_simple(*inputs, causal=causal, backend="reference")
+    monkeypatch.setattr("sansmax.ops.aft.simple._REFERENCE_ENTRIES", 2 * 11 * 5 * 3)
+    parts = aft_simple(*inputs, causal=causal, backend="reference")
+    assert error(parts, out) < 1e-14
+    for got, want in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (parts, out)), strict=True):
+        assert error(got, want) < 1e-12
+
+
+@each_form
 @both
 def test_random_extreme_keys_in_float32(causal, backend, error):
     for seed in range(20):

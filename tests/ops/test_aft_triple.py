@@ -41,7 +41,9 @@ def test_parts_make_the_whole_and_empty_ones_add_nothing(error):
     k, v, keep = draw(2, 13, 3, spread=200), draw(2, 13, 3), torch.rand(2, 13, 1) > 0.5
     whole = _triple.finish(_triple.total(_triple.tokens(k, v)))
     nothing = _triple.empty((2, 1, 3), (2, 1, 3), k)
-    parts = (_triple.total(_triple.tokens(k, v, mask)) for mask in (keep, ~keep))
+    parts = (
+        _triple.total(_triple.tokens(k, v.masked_fill(~mask, torch.nan), mask)) for mask in (keep, ~keep)
+    )
     assert error(_triple.finish(_triple.combine(nothing, *parts, nothing)), whole) < 1e-14
     assert (_triple.finish(_triple.combine(nothing, nothing)) == 0).all()
 

@@ -12,6 +12,7 @@ The paper uses the centred form on images. The causal form (one-dimensional) sum
 the current token. Prefix tokens (a class token) lie outside the grid: bias 0 to and from everything.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -131,13 +132,13 @@ def reference(
     q, k, v, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, w))
     keys, values = k.mT[:, :, None], v.unflatten(-1, (k.shape[2], -1)).transpose(1, 2)
     rows = max(1, _REFERENCE_ENTRIES // keys.expand(-1, -1, 1, -1).numel())
-    # Recomputed in the backward pass, which would otherwise hold all T x T weights.
+    parts = torch.arange(q.shape[1], device=q.device).split(rows)
+    # Parts are recomputed in the backward pass, which would otherwise hold all T x T weights.
+    recomputed = partial(checkpoint, _average, use_reentrant=False, preserve_rng_state=False)
+    average = recomputed if len(parts) > 1 else _average
     with no_autocast(q):
-        average = [
-            checkpoint(_average, keys, values, w, part, grid, causal, prefix, use_reentrant=False)
-            for part in torch.arange(q.shape[1], device=q.device).split(rows)
-        ]
-        return (q.sigmoid() * torch.cat(average, 2).transpose(1, 2).flatten(2)).to(dtype)
+        averages = [average(keys, values, w, part, grid, causal, prefix) for part in parts]
+        return (q.sigmoid() * torch.cat(averages, 2).transpose(1, 2).flatten(2)).to(dtype)
 
 
 def _average(k, v, w, queries, grid, causal, prefix) -> Tensor:

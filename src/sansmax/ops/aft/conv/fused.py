@@ -78,18 +78,17 @@ def _by_convolution(
     weights = _triple.weight(k, top)  # (B, T, H)
     x = torch.cat([(weights.unsqueeze(-1) * v).flatten(-2), weights], -1)  # (B, T, C + H)
     cells = x[:, prefix:].unflatten(1, grid)  # (B, rows, columns, C + H)
-    everything = x.sum(1, keepdim=True)
     taps = w.expm1() if short is None else w.clamp(max=_HIGHEST_W).exp()
     kernel = torch.cat([taps.repeat_interleave(width, 0), taps]).unsqueeze(1)
     sums = _depthwise(cells, kernel)
     if short is None:
-        sums = sums.flatten(1, 2) + everything
+        sums = sums.flatten(1, 2) + x.sum(1, keepdim=True)
     else:
         sums = (sums + _out_of_reach(cells, w.shape[1] // 2, w.shape[2] // 2, short)).flatten(1, 2)
         if prefix:
             sums = sums + x[:, :prefix].sum(1, keepdim=True)
     if prefix:
-        sums = torch.cat([everything.expand(-1, prefix, -1), sums], 1)
+        sums = torch.cat([x.sum(1, keepdim=True).expand(-1, prefix, -1), sums], 1)
     num, den = sums.split([heads * width, heads], -1)
     high = w.detach().amax()
     lost = den < (high.clamp(min=0) + _LOWEST_SUM).exp()
@@ -121,7 +120,9 @@ def _depthwise(cells: Tensor, kernel: Tensor) -> Tensor:
     """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside."""
     # Channels last in memory: no copy. A (T, T) matrix per head gathered from w takes 2 to 300 times as long.
     x = cells.movedim(-1, 1)
-    own = x.is_cpu and kernel[0].numel() >= _TAPS_OF_OWN_GRADIENT
+    if not x.is_cpu:
+        return _convolve(x.contiguous(), kernel).movedim(1, -1)  # channels last, cuDNN would round to TF32
+    own = kernel[0].numel() >= _TAPS_OF_OWN_GRADIENT
     return (_Depthwise.apply if own else _convolve)(x, kernel).movedim(1, -1)
 
 
@@ -145,8 +146,8 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
-        x, kernel = ctx.saved_tensors
+    def backward(ctx, *grads):
+        (grad,), (x, kernel) = grads, ctx.saved_tensors
         rows, columns = _reach(kernel)
         b, c = grad.shape[:2]
         # Padded beforehand: with padding that wide the library's convolution falls back to a loop.

@@ -56,7 +56,12 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, w: full.Bias, window: int, causal
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
         w = full.crop(w, k.shape[1])
-        if not torch.compiler.is_compiling() and _short(k.shape[1], blocks(window, causal)):
+        if torch.compiler.is_compiling():
+            # An exported graph would fix the number of blocks.
+            whole = torch.compiler.is_exporting() and isinstance(k.shape[1], torch.SymInt)
+        else:
+            whole = _short(k.shape[1], blocks(window, causal))
+        if whole:
             return full.aft_full(q, k, v, (_dense(w, window, k.dtype),), causal).to(dtype)
         return (torch.sigmoid(q) * _mean(k, v, w, causal, window)).to(dtype)
 
@@ -125,7 +130,7 @@ def _product(k: Tensor, v: Tensor, rows: Tensor, shape: Blocks) -> Tensor:
     top = k.detach().amax(1)
     weights = _triple.weight(shape.pad(k.transpose(0, 1), -torch.inf), top)  # (behind + .. + ahead, B, C)
     values = weights * shape.pad(v.transpose(0, 1))
-    rows = _triple.weight(rows, rows.detach().amax(-1, keepdim=True))
+    rows = full.powers(rows, -1)
     near, rest = rows[..., :-1], rows[..., -1:]
     overlap = shape.width - shape.size
 
@@ -137,7 +142,7 @@ def _product(k: Tensor, v: Tensor, rows: Tensor, shape: Blocks) -> Tensor:
         return torch.addcmul(near @ x.unfold(0, shape.width, shape.size).mT, rest, far[:, None])
 
     num, den = total(values), total(weights)
-    out = (num / (den + (den == 0))).flatten(0, 1)[:tokens]
+    out = full.ratio(num, den).flatten(0, 1)[:tokens]
     return out.unflatten(1, (batch, -1)).transpose(0, 1)
 
 

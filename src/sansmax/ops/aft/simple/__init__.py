@@ -8,6 +8,8 @@ summation", footnote 2). There are no heads: every channel has a key of its own.
 channels.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -69,10 +71,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     # Without causality all rows are equal.
     visible = visible.tril() if causal else visible[:1]
     rows = max(1, _REFERENCE_ENTRIES // (b * tokens * channels))
-    # Recomputed in the backward pass, which would otherwise hold all T x T x C weights.
+    parts = visible.split(rows)
+    # Parts are recomputed in the backward pass, which would otherwise hold all T x T x C weights.
+    recomputed = partial(checkpoint, _average, use_reentrant=False, preserve_rng_state=False)
+    average = recomputed if len(parts) > 1 else _average
     with no_autocast(q):
-        average = [checkpoint(_average, k, v, part, use_reentrant=False) for part in visible.split(rows)]
-        return (q.sigmoid() * torch.cat(average, 1)).to(dtype)
+        return (q.sigmoid() * torch.cat([average(k, v, part) for part in parts], 1)).to(dtype)
 
 
 def _average(k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
