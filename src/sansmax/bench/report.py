@@ -91,14 +91,13 @@ def table(results: Results) -> Table:
     shown = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     shown.add_column("mechanism", no_wrap=True)
     for column in COLUMNS:
-        shown.add_column(
-            column.title, justify="right", min_width=9 if column.title.startswith("acc") else None
-        )
-    shown.add_column("faster from", min_width=9)
+        shown.add_column(column.title.replace("accuracy", "acc."), justify="right")
+    shown.add_column("faster\nfrom", min_width=6)
     for row in rows(results):
         cells = [
             Text(f"{cell.text}\n{cell.note}".strip(), style="bold green" if cell.best else "")
             for cell in row.cells
         ]
-        shown.add_row(Text(row.name), *cells, Text(row.crossover.removesuffix(" tokens")))
+        crossover = row.crossover.removesuffix(" tokens").replace("about ", "~").replace("never up to ", ">")
+        shown.add_row(Text(row.name), *cells, Text(crossover))
     return shown
