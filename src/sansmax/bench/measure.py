@@ -102,9 +102,9 @@ def spread(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:
 def peak_memory(fn: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """The most bytes that PyTorch's allocator held during one call of `fn`, beyond what it held at the start.
 
-    CPU: the running sum of the profiler's memory events, exact for tensors; scratch space that MKL or oneDNN
-    take from the system is not seen. CUDA: torch.cuda.max_memory_allocated. Call `fn` once before if its
-    first call fills caches.
+    CPU: the running sum of the profiler's memory events, exact for tensors that `fn` makes; the release of
+    older ones is not seen, nor is scratch space that MKL or oneDNN take from the system. CUDA:
+    torch.cuda.max_memory_allocated. Call `fn` once before if its first call fills caches.
     """
     device = torch.device(device)
     if device.type == "cuda":
