@@ -1,6 +1,7 @@
 """Attention Free Transformer: four ways to bias a softmax over time, per channel, behind a sigmoid gate.
 
-Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103). The equations are in full, local, simple and conv.
+Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103). The equations are in full, local,
+simple and conv.
 """
 
 from .conv import aft_conv, aft_conv_init_state, aft_conv_step, reparameterize

@@ -2,10 +2,11 @@
 
     out_t = sigmoid(q_t) * sum_u exp(k_u + w_tu) v_u / sum_u exp(k_u + w_tu)          per batch and CHANNEL
 
-w_tu (query position t, key position u) is one scalar for all channels and the whole batch; as factors (u, v) it is
-w = u v^T. There is no head axis and no scale. w_tu = -inf leaves the key out; a row without keys gives 0. The causal
-form sums over u <= t. Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103), equation 2; no official
-code exists. A number added to all keys of a channel, or to a row of w, changes nothing.
+w_tu (query position t, key position u) is one scalar for all channels and the whole batch; as factors (u, v)
+it is w = u v^T. There is no head axis and no scale. w_tu = -inf leaves the key out; a row without keys gives
+0. The causal form sums over u <= t. Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103),
+equation 2; no official code exists. A number added to all keys of a channel, or to a row of w, changes
+nothing.
 """
 
 from typing import NamedTuple
@@ -39,8 +40,8 @@ def aft_full(
 
     Args:
         q, k, v: (B, T, C), any floating dtype, any strides.
-        w: (T_max, T_max), or a pair of factors (T_max, R) whose product u v^T it is; T <= T_max tokens use its
-            first T rows and columns. Its dtype may differ from that of q: float32 beside half precision.
+        w: (T_max, T_max), or a pair of factors (T_max, R) whose product u v^T it is; T <= T_max tokens use
+            its first T rows and columns. Its dtype may differ from that of q: float32 beside half precision.
         causal: sum over the keys u <= t.
         mask: (B, T) bool over the keys, True = keep. The outputs of masked tokens are still computed.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
@@ -67,13 +68,13 @@ def check(
     _check.shape(op, "k", k, tuple(q.shape), "q, k and v have one shape")
     _check.shape(op, "v", v, tuple(q.shape), "q, k and v have one shape")
     _check.key_mask(op, mask, q.shape[0], q.shape[1], q)
-    w = bias(op, w, q)
-    if q.shape[1] > w[0].shape[0]:
+    factors = bias(op, w, q)
+    if q.shape[1] > factors[0].shape[0]:
         raise ValueError(
-            f"{op}: w must cover all T = {q.shape[1]} tokens, got one for T_max = {w[0].shape[0]}; "
+            f"{op}: w must cover all T = {q.shape[1]} tokens, got one for T_max = {factors[0].shape[0]}; "
             f"make w larger or resample it, or give fewer tokens"
         )
-    return w
+    return factors
 
 
 def bias(op: str, w: Tensor | tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, ...]:
@@ -84,18 +85,20 @@ def bias(op: str, w: Tensor | tuple[Tensor, Tensor], like: Tensor) -> tuple[Tens
         parts = {"w[0]": w[0], "w[1]": w[1]}
     else:
         raise TypeError(
-            f"{op}: w must be a tensor (T_max, T_max) or a pair of factors (T_max, R), got {type(w).__name__}; "
-            f"use aft_simple for no bias"
+            f"{op}: w must be a tensor (T_max, T_max) or a pair of factors (T_max, R), got "
+            f"{type(w).__name__}; use aft_simple for no bias"
         )
     for name, part in parts.items():
         _check.floating(op, **{name: part})
         _check.floating(op, q=like, **{name: part.new_empty(0, dtype=like.dtype)})  # the device alone
     if len(parts) == 1:
-        _check.shape(op, "w", w, ("T_max", "T_max"), "w has one bias per pair of positions")
-        _check.shape(op, "w", w, (w.shape[0], w.shape[0]), "w has one bias per pair of positions")
+        (dense,) = parts.values()
+        _check.shape(op, "w", dense, ("T_max", "T_max"), "w has one bias per pair of positions")
+        _check.shape(op, "w", dense, (dense.shape[0],) * 2, "w has one bias per pair of positions")
     else:
-        _check.shape(op, "w[0]", w[0], ("T_max", "R"), "a factor has one row per position")
-        _check.shape(op, "w[1]", w[1], tuple(w[0].shape), "both factors have one shape")
+        left, right = parts.values()
+        _check.shape(op, "w[0]", left, ("T_max", "R"), "a factor has one row per position")
+        _check.shape(op, "w[1]", right, tuple(left.shape), "both factors have one shape")
     return tuple(parts.values())
 
 
@@ -110,14 +113,14 @@ def hidden(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 def reference(q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], causal: bool) -> Tensor:
     """The literal equation, some queries at a time; masked keys are -inf and hold zeros in v."""
     dtype, tokens = q.dtype, k.shape[1]
-    q, k, v, *w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, *w))
+    q, k, v, *factors = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, *w))
     with no_autocast(q):
-        w = (w[0] if len(w) == 1 else w[0] @ w[1].mT)[:tokens, :tokens]
+        bias = (factors[0] if len(factors) == 1 else factors[0] @ factors[1].mT)[:tokens, :tokens]
         if causal:
-            w = w.masked_fill(torch.ones_like(w, dtype=torch.bool).triu(1), -torch.inf)
+            bias = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool).triu(1), -torch.inf)
         parts = [
             checkpoint(_weighted_mean, k, v, rows, use_reentrant=False, preserve_rng_state=False)
-            for rows in w.split(max(1, ENTRIES // k.numel()))
+            for rows in bias.split(max(1, ENTRIES // k.numel()))
         ]
         return (torch.sigmoid(q) * torch.cat(parts, 1)).to(dtype)
 
@@ -142,13 +145,13 @@ class AFTFullState(NamedTuple):
     v: Tensor  # (B, t, C)
 
     @property
-    def index(self) -> int:
+    def position(self) -> int:
         """The position of the next token."""
         return self.k.shape[1]
 
 
 def aft_full_init_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> AFTFullState:
-    """The state before the first token; use float64 for float64 tokens, else float32 (or half to save memory)."""
+    """The state before the first token; float64 for float64 tokens, else float32, or half to save memory."""
     nothing = torch.zeros(batch, 0, channels, dtype=dtype, device=device)
     return AFTFullState(nothing, nothing)
 
@@ -157,10 +160,10 @@ def aft_full_step(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | tuple[Tensor, Tensor], state: AFTFullState
 ) -> tuple[Tensor, AFTFullState]:
     """One token of causal AFT-full: q, k, v (B, C) -> out (B, C) and the next state."""
-    factors = check_step("aft_full_step", q, k, v, w, state.k, state.index)
+    factors = check_step("aft_full_step", q, k, v, w, state.k, state.position)
     state = AFTFullState(*remember(state.k, state.v, k, v))
     with no_autocast(q):
-        return gated(q, _triple.finish(recent(state.k, state.v, factors, state.index))), state
+        return gated(q, _triple.finish(recent(state.k, state.v, factors, state.position))), state
 
 
 def check_step(
@@ -171,18 +174,20 @@ def check_step(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         sizes = (past.shape[0], past.shape[2])
         _check.shape(op, name, tensor, sizes, "a step takes (B, C), and the state was made for these sizes")
-    w = bias(op, w, q)
-    if index >= w[0].shape[0]:
+    factors = bias(op, w, q)
+    covered = factors[0].shape[0]
+    if index >= covered:
         raise ValueError(
-            f"{op}: w must cover the token at position {index}, got one for T_max = {w[0].shape[0]} tokens; "
+            f"{op}: w must cover the token at position {index}, got one for T_max = {covered} tokens; "
             f"make w larger or resample it, or start from a new state"
         )
-    return w
+    return factors
 
 
 def remember(past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The keys and values (B, t, C) with one more token, in the dtype of the past."""
-    return tuple(torch.cat([past, t[:, None].to(past.dtype)], 1) for past, t in ((past_k, k), (past_v, v)))
+    k, v = (torch.cat([past, t[:, None].to(past.dtype)], 1) for past, t in ((past_k, k), (past_v, v)))
+    return k, v
 
 
 def recent(k: Tensor, v: Tensor, w: tuple[Tensor, ...], end: int) -> _triple.Triple:

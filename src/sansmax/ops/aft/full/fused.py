@@ -1,9 +1,9 @@
 """AFT-full as two matrix products, exp(w - max w) @ (exp(k - max k) v) over exp(w - max w) @ exp(k - max k).
 
-A product is blind to terms that leave the range of its dtype: where the largest k meets the smallest w of a row
-(or lies in the future of a causal row) every term may vanish, 0 / 0. `depth` bounds how far below 1 the largest
-term of a row can lie; by it the products run in the dtype of k, in float64, or give way to one exponent per
-(query, key, channel).
+A product is blind to terms that leave the range of its dtype: where the largest k meets the smallest w of a
+row (or lies in the future of a causal row) every term may vanish, 0 / 0. `depth` bounds how far below 1 the
+largest term of a row can lie; by it the products run in the dtype of k, in float64, or give way to one
+exponent per (query, key, channel).
 """
 
 import math
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ..._backend import no_autocast
 from .. import _triple
 
-# exp(-60) leaves 27 nats above the smallest normal float32 for the small terms and values, exp(-600) 108 in float64.
+# exp(-60) leaves 27 nats above the smallest normal float32 for the small terms and values, exp(-600) 108 in
+# float64.
 LIMITS = {torch.float32: 60.0, torch.float64: 600.0}
 
 # Query rows of one product: exp(w) of a block stays in cache and nothing T x T is made without gradients.
@@ -78,8 +79,9 @@ def biases(w: Bias, causal: bool, dtype: torch.dtype, size: int) -> Iterator[tup
 def depth(k: Tensor, biases: Iterable[Tensor]) -> Tensor:
     """No row's largest exp(w - max w) exp(k - max k) is below exp(-depth).
 
-    The span of k alone is such a bound, since at the largest w of the row the first factor is 1; so is the span of
-    the rows of w. If excluded entries (-inf) may hide either maximum, the sum of the spans of the finite entries is.
+    The span of k alone is such a bound, since at the largest w of the row the first factor is 1; so is the
+    span of the rows of w. If excluded entries (-inf) may hide either maximum, the sum of the spans of the
+    finite entries is.
     """
     k = k.detach()
     k_span = span(k, 1)
@@ -91,7 +93,8 @@ def depth(k: Tensor, biases: Iterable[Tensor]) -> Tensor:
 
 
 def span(x: Tensor, dim: int) -> Tensor:
-    """The largest difference along `dim`; inf where an entry is -inf. (torch.aminmax takes 6 times as long.)"""
+    """The largest difference along `dim`; inf where an entry is -inf. (torch.aminmax takes 6 times as
+    long.)"""
     return (x.amax(dim).clamp(min=torch.finfo(x.dtype).min) - x.amin(dim)).amax()
 
 
@@ -138,10 +141,11 @@ def _unless(fine: Tensor, body: Callable[..., Tensor], out: Tensor, k: Tensor, v
 
 
 def correction(name: str, mean: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """(out, fine, k, v, w, causal, window) -> `out` if `fine`, else `mean`, chosen outside the compiled graph.
+    """(out, fine, k, v, w, causal, window) -> `out` if `fine`, else `mean`, chosen outside the compiled
+    graph.
 
-    As torch.cond it would trace every body in every graph, and its gradients fail where the strides of the branches
-    differ (torch 2.15).
+    As torch.cond it would trace every body in every graph, and its gradients fail where the strides of the
+    branches differ (torch 2.15).
     """
 
     @torch.library.custom_op(f"sansmax::{name}", mutates_args=())
@@ -193,8 +197,8 @@ _correct = correction("aft_full", _mean)
 def _product(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
     weights = powers(k, 1)
     values = weights * v
-    # One product for the whole batch gives w its gradient without B x T x T; it costs a copy of k and v, so that
-    # without gradients B products are 20 to 40 % faster (CPU, B = 8 and 64, T = 196).
+    # One product for the whole batch gives w its gradient without B x T x T; it costs a copy of k and v, so
+    # that without gradients B products are 20 to 40 % faster (CPU, B = 8 and 64, T = 196).
     fold = k.shape[0] == 1 or torch.is_grad_enabled()
     if fold:
         weights, values = weights.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1)
@@ -226,7 +230,8 @@ def exact(k: Tensor, v: Tensor, biases: Iterable[tuple[int, Tensor]]) -> Tensor:
 
 
 def exact_rows(k: Tensor, v: Tensor, rows: Tensor) -> _triple.Triple:
-    """One exponent per (query, key, channel): sums over the keys (B, T, C) by the biases (n, T) of n queries."""
+    """One exponent per (query, key, channel): sums over the keys (B, T, C) by the biases (n, T) of n
+    queries."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _exact_rows(k, v, rows)
     # Without it the gradients keep B x T x T x C numbers.

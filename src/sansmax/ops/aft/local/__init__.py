@@ -1,11 +1,11 @@
 """AFT-local: AFT-full whose bias is 0 outside a window; every position stays connected.
 
     out_t = sigmoid(q_t) * sum_u exp(k_u + w'_tu) v_u / sum_u exp(k_u + w'_tu)        per batch and CHANNEL
-    w'_tu = w_tu where |t - u| < s, else 0                                            (weight exp(0) = 1, not excluded)
+    w'_tu = w_tu where |t - u| < s, else 0                              (weight exp(0) = 1, not excluded)
 
-The window s covers 2 s - 1 positions: 0 is AFT-simple, 1 the diagonal alone, s >= T is AFT-full. The causal form sums
-over u <= t. Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103), equation 4; no official code
-exists. With -inf outside (the paper's ablation) it is aft_full with that bias.
+The window s covers 2 s - 1 positions: 0 is AFT-simple, 1 the diagonal alone, s >= T is AFT-full. The causal
+form sums over u <= t. Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103), equation 4; no
+official code exists. With -inf outside (the paper's ablation) it is aft_full with that bias.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,8 @@ def aft_local(
     Args:
         q, k, v: (B, T, C), any floating dtype, any strides.
         w: (T_max, T_max), or a pair of factors (T_max, R) whose product u v^T it is, of which only the band
-            |t - u| < window is computed; T <= T_max tokens use its first T rows and columns. Its dtype may differ
+            |t - u| < window is computed; T <= T_max tokens use its first T rows and columns. Its dtype may
+            differ
             from that of q: float32 beside half precision.
         window: s >= 0.
         causal: sum over the keys u <= t.
@@ -62,9 +63,7 @@ def _check_window(op: str, window: int) -> None:
         raise ValueError(f"{op}: window must be an int >= 0, got {window!r}; 0 is AFT-simple")
 
 
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], window: int, causal: bool
-) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, w: tuple[Tensor, ...], window: int, causal: bool) -> Tensor:
     """The literal equation: AFT-full with the bias w'; masked keys are -inf and hold zeros in v."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     w = tuple(t.to(dtype) for t in w)
@@ -75,24 +74,26 @@ def reference(
     return full.reference(q, k, v, (dense,), causal)
 
 
-def flops(batch: int, tokens: int, channels: int, window: int, factor_dim: int = 0, causal: bool = False) -> int:
+def flops(
+    batch: int, tokens: int, channels: int, window: int, factor_dim: int = 0, causal: bool = False
+) -> int:
     """Two for each multiply-add of numerator and denominator inside the window, and of the band of u v^T."""
     return fused.pairs(tokens, window, causal) * (4 * batch * channels + 2 * factor_dim)
 
 
 class AFTLocalState(NamedTuple):
-    """What the causal form remembers: the sums over the distant past, and the last window - 1 keys and values."""
+    """What the causal form remembers: sums over the distant past, and the last window - 1 keys and values."""
 
     num: Tensor  # (B, C); the sums are num exp(top) and den exp(top), none where top = -inf
     den: Tensor  # (B, C)
     top: Tensor  # (B, C)
     k: Tensor  # (B, at most window - 1, C)
     v: Tensor  # (B, at most window - 1, C)
-    index: Tensor  # int64 without axes, on the CPU: the position of the next token
+    position: Tensor  # int64 without axes, on the CPU: the position of the next token
 
 
 def aft_local_init_state(batch: int, channels: int, *, dtype=torch.float32, device=None) -> AFTLocalState:
-    """The state before the first token; `dtype` is that of the kept keys and values, the sums are float32 or better."""
+    """The state before the first token; `dtype` is of the kept keys and values, sums are at least float32."""
     nothing = torch.zeros(batch, 0, channels, dtype=dtype, device=device)
     wide = nothing.to(torch.promote_types(dtype, torch.float32))
     sums = _triple.empty((batch, channels), (batch, channels), wide)
@@ -106,7 +107,7 @@ def aft_local_step(
 
     A token leaves the window `window` steps after its own and joins the sums.
     """
-    index = int(state.index)
+    index = int(state.position)
     factors = full.check_step("aft_local_step", q, k, v, w, state.k, index)
     _check_window("aft_local_step", window)
     keys, values = full.remember(state.k, state.v, k, v)
@@ -121,7 +122,7 @@ def aft_local_step(
         if keys.shape[1] >= max(window, 1):
             far = _triple.combine(far, _triple.tokens(keys[:, 0].to(wide), values[:, 0].to(wide)))
             keys, values = keys[:, 1:], values[:, 1:]
-    return out, AFTLocalState(*far, keys, values, state.index + 1)
+    return out, AFTLocalState(*far, keys, values, state.position + 1)
 
 
 def example(batch=2, heads=3, tokens=11, dim=5, *, dtype=torch.float64, device="cpu", seed=0):

@@ -1,5 +1,5 @@
-"""AFT-local in blocks of queries: one batched product with the keys that any of them has in its window, and the
-sums over all keys before and after, which carry no bias."""
+"""AFT-local in blocks of queries: one batched product with the keys that any of them has in its window, and
+the sums over all keys before and after, which carry no bias."""
 
 from typing import NamedTuple
 
