@@ -60,6 +60,8 @@ def key_mask(op: str, mask: Tensor | None, batch: int, keys: int, like: Tensor) 
 
 def qkv(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> None:
     """q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), mask (B, M); causal needs N == M."""
+    if mask is None and _plain(q, k, v) and not (causal and q.shape[2] != k.shape[2]):
+        return
     floating(op, q=q, k=k, v=v)
     shape(
         op, "q", q, ("B", "H", "N", "D"), "split the heads with .unflatten(-1, (heads, -1)).transpose(1, 2)"
@@ -74,6 +76,22 @@ def qkv(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: b
             f"{op}: causal=True needs as many queries as keys, got N={n} and M={m}; "
             f"decode token by token with {op}_step instead"
         )
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all is well, in 2 us; the messages take 6 to be left unsaid."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return False
+    shape, keys, values = q.shape, k.shape, v.shape
+    return (
+        len(shape) == len(keys) == len(values) == 4
+        and shape[:2] == keys[:2]
+        and keys[:3] == values[:3]
+        and shape[3] == keys[3]
+        and 0 not in (*shape, keys[2], values[3])
+    )
 
 
 def cleared(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:

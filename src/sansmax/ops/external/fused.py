@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._backend import no_autocast
-from .._matmul import finite
+from .._eager import finite, readable
 
 # Below it the row sums r of a float32 softmax can be 0 where r / (r + eps) is not.
 LINEAR_EPS = 1e-30
@@ -33,7 +33,7 @@ def external(x: Tensor, memory_k: Tensor, memory_v: Tensor, mask: Tensor | None,
 def _attend(
     x: Tensor, memory_k: Tensor, memory_v: Tensor, mask: Tensor | None, axis: int, eps: float
 ) -> Tensor:
-    if x.is_cpu and not torch.compiler.is_compiling():
+    if readable(x, memory_k, memory_v):
         out = _double_norm(linear(x, memory_k), memory_v, mask, axis, eps)
         if finite(out):
             return out

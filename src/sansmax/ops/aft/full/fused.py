@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..._backend import no_autocast
+from ..._eager import holds_values
 from .. import _triple
 
 # exp(-60) leaves 27 nats above the smallest normal float32 for the small terms and values, exp(-600) 108 in
@@ -114,7 +115,7 @@ def choose_range(
     """`product` where `reach` allows it in the dtype of k, else in float64, else `direct` in float64."""
     limit, wide_limit = LIMITS[k.dtype], LIMITS[torch.float64]
     bound = reach(k, w)
-    if not torch.compiler.is_compiling():
+    if holds_values(bound):
         bound = bound.item()  # waits for the device
         if not bound > limit:
             return product(k, v, w)
