@@ -1,4 +1,4 @@
-"""What only eager code may do: look at values, and write into memory of its own choice."""
+"""Which code is eager, and what only eager code may do: look at values, choose where to write."""
 
 import math
 
@@ -19,6 +19,11 @@ def holds_values(*tensors: Tensor) -> bool:
         type(t) in (Tensor, Parameter) and not t.is_meta and not is_functorch_wrapped_tensor(t)
         for t in tensors
     )
+
+
+def exporting() -> bool:
+    """Whether torch.export traces. (In a graph of torch.compile, torch 2.10's is_exporting() is True.)"""
+    return torch.compiler._is_exporting_flag
 
 
 def readable(*tensors: Tensor) -> bool:

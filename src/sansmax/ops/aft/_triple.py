@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._eager import exporting
+
 # Tokens of a chunk of `scan`. Two levels of 32 leave (T / 1024)^2 pairs: fewer than T while T < 2^20.
 _CHUNK, _LEVELS = 32, 2
 
@@ -106,15 +108,19 @@ def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:
     carried = _decayed_cumsum([y[..., -1, :] for y in inside], last, levels - 1)
     reach = weight(_shift(last, 1, -torch.inf).unsqueeze(-2), top)
     ys = [
-        torch.addcmul(y, _shift(carry, 1).unsqueeze(-2), reach).flatten(-3, -2)
+        torch.addcmul(y, _shift(carry, 1).unsqueeze(-2), reach)
         for y, carry in zip(inside, carried, strict=True)
     ]
     kept = torch.arange(length, device=top.device) + front
-    return [y.index_select(-2, kept) for y in ys]
+    if exporting():
+        # Torch 2.10 compares sizes that are flattened.
+        return [y[..., kept // _CHUNK, kept % _CHUNK, :] for y in ys]
+    return [y.flatten(-3, -2).index_select(-2, kept) for y in ys]
 
 
 def _chunked(x: Tensor, front: int, value: float = 0.0) -> Tensor:
-    return F.pad(x, (0, 0, front, 0), value=value).unfold(-2, _CHUNK, _CHUNK).mT
+    x = F.pad(x, (0, 0, front, 0), value=value).unfold(-2, _CHUNK, _CHUNK).mT
+    return x.contiguous() if exporting() else x  # torch 2.10 compares the strides of views
 
 
 def _in_turn(xs: list[Tensor], top: Tensor) -> list[Tensor]:

@@ -49,8 +49,11 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
     # A symbolic length is not an int: an exported graph serves all of them.
     short = (isinstance(grid[0], int) and grid[0] <= _SHORT, isinstance(grid[1], int) and grid[1] <= _SHORT)
 
-    def regions(average, k, v, w):
-        return by_regions(k, v, w, grid, prefix, short).transpose(1, 2).contiguous()
+    def regions(k, v, w, _):
+        # A sequence's length is taken from its keys: torch 2.10's cond cannot take it from outside.
+        inside = (1, k.shape[-1] - prefix) if grid[0] == 1 else grid
+        average = by_regions(k, v, w, inside, prefix, short).transpose(1, 2)
+        return average.clone(memory_format=torch.contiguous_format)
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -58,12 +61,12 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
         if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
             return _by_convolution(k, v, w, grid, prefix, None)[0]
     average, exact = _by_convolution(k, v, w, grid, prefix, short)
-    k, v = k.mT, v.transpose(1, 2)
-    if compiling:
-        # cond wants the outputs and the gradients of both branches in one memory layout.
-        operands = (average, k.contiguous(), v.contiguous(), w)
-        return torch.cond(exact, lambda average, *_: average.clone(), regions, operands)
-    return average if exact else regions(average, k, v, w)
+    operands = (k.mT, v.transpose(1, 2), w, v)
+    if not compiling:
+        return average if exact else regions(*operands)
+    # cond wants the outputs and the gradients of both branches in one shape and memory layout.
+    operands = tuple(t.contiguous() for t in operands)
+    return torch.where(exact, average, torch.cond(exact, lambda *x: x[-1].clone(), regions, operands))
 
 
 def _by_convolution(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..._backend import no_autocast
-from ..._eager import holds_values
+from ..._eager import exporting, holds_values
 from .. import _triple
 
 # exp(-60) leaves 27 nats above the smallest normal float32 for the small terms and values, exp(-600) 108 in
@@ -56,7 +56,7 @@ def _mean(k: Tensor, v: Tensor, w: Bias, causal: bool, window: int = 0) -> Tenso
 
 def crop(w: Bias, tokens: int) -> Bias:
     """The corner of a dense w, the first rows of its factors."""
-    if torch.compiler.is_exporting():
+    if exporting():
         # A slice would exclude tokens == T_max from the exported range of lengths.
         first = torch.arange(tokens, device=w[0].device)
         w = tuple(t.index_select(0, first) for t in w)
@@ -121,7 +121,7 @@ def choose_range(
             return product(k, v, w)
         return (direct if bound > wide_limit else product)(k.double(), v.double(), w).to(k.dtype)
     out = product(k, v, w)
-    if not torch.compiler.is_exporting():
+    if not exporting():
         return correct(out, bound <= limit)
     if k.dtype == torch.float32:
         out = _unless(bound <= limit, product, out, k, v, w)
@@ -135,7 +135,7 @@ def _unless(fine: Tensor, body: Callable[..., Tensor], out: Tensor, k: Tensor, v
         return torch.zeros_like(k)
 
     def replace(k: Tensor, v: Tensor, *w: Tensor) -> Tensor:
-        return body(k.double(), v.double(), w).to(k.dtype).contiguous()
+        return body(k.double(), v.double(), w).to(k.dtype).clone(memory_format=torch.contiguous_format)
 
     operands = tuple(t.detach().contiguous() for t in (k, v, *w))
     return torch.where(fine, out, torch.cond(fine, skip, replace, operands))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._backend import no_autocast
+from ..._eager import exporting
 from .. import _triple
 from ..full import fused as full
 
@@ -58,7 +59,7 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, w: full.Bias, window: int, causal
         w = full.crop(w, k.shape[1])
         if torch.compiler.is_compiling():
             # An exported graph would fix the number of blocks.
-            whole = torch.compiler.is_exporting() and isinstance(k.shape[1], torch.SymInt)
+            whole = exporting() and isinstance(k.shape[1], torch.SymInt)
         else:
             whole = _short(k.shape[1], blocks(window, causal))
         if whole:
@@ -76,7 +77,7 @@ def _mean(k: Tensor, v: Tensor, w: full.Bias, causal: bool, window: int) -> Tens
         return _product(k, v, _rows(w, shape, k.dtype), shape)
 
     def direct(k: Tensor, v: Tensor, w: full.Bias) -> Tensor:
-        if torch.compiler.is_exporting():
+        if exporting():
             dense = (_dense(w, window, k.dtype),)
             return full.exact(k, v, full.biases(dense, causal, k.dtype, k.shape[1]))
         return _exact(k, v, w, shape)
