@@ -21,6 +21,10 @@ ALLOWED = {floor: set(FLOORS[: i + 1]) | (set(BESIDE) if i > 3 else set()) for i
 ALLOWED |= {name: allowed | {name} for name, allowed in BESIDE.items()}
 
 
+def relative(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
 def imported(path: Path) -> set[str]:
     """Absolute module names that a file imports, at any depth, except under TYPE_CHECKING."""
     package = ["sansmax", *path.relative_to(SOURCE).parts[:-1]]
@@ -35,7 +39,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_imports_go_one_way(path):
     floor = path.relative_to(SOURCE).parts[0].removesuffix(".py")
     if floor not in ALLOWED:
@@ -48,9 +52,7 @@ def test_imports_go_one_way(path):
     assert not upward, f"{floor} must not import {sorted(upward)}"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((SOURCE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
-)
+@pytest.mark.parametrize("path", sorted((SOURCE / "ops").rglob("*.py")), ids=relative)
 def test_operators_import_torch_only(path):
     outside = {
         name.split(".")[0]
@@ -60,7 +62,7 @@ def test_operators_import_torch_only(path):
     assert not outside
 
 
-@pytest.mark.parametrize("kernel", [p for p in FILES if p.name in ("fused.py", "triton.py")], ids=str)
+@pytest.mark.parametrize("kernel", [p for p in FILES if p.name in ("fused.py", "triton.py")], ids=relative)
 def test_kernels_do_not_import_the_body_they_are_checked_against(kernel):
     assert not {name for name in imported(kernel) if name.rpartition(".")[2] == "reference"}
 

@@ -1,6 +1,7 @@
 """What holds for every operator, found by its file name."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -164,3 +165,21 @@ def test_cost_grows_as_declared(name):
         assert large > 12 * small
     else:
         assert large < 4.6 * small
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["softmax", "sima", "xnorm", "soft"])
+def test_views_of_one_projection_are_not_copied(name, batch, grad):
+    heads, tokens, dim = 3, 40, 8
+    qkv = torch.randn(batch, tokens, 3 * heads * dim, requires_grad=grad)
+    q, k, v = qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+    arguments = (q, v, q.detach()[:, :, :5].contiguous()) if name == "soft" else (q, k, v)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run(name, arguments, {}, backend="fused")
+    copies = [
+        (event.name, event.input_shapes[0])
+        for event in profile.events()
+        if event.name in ("aten::copy_", "aten::clone") and math.prod(event.input_shapes[0]) >= q.numel()
+    ]
+    assert not copies

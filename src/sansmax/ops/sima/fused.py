@@ -79,7 +79,7 @@ def _abs_sum(x: Tensor) -> Tensor:
 def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
     q_sum = q.abs().cumsum(-2).clamp(min=eps)
     k_sum = k.abs().cumsum(-2).clamp(min=eps)
-    if readable(q, k, v) and not finite(k.mT @ v):
+    if readable(q, k, v) and not finite(heads_matmul(k.mT, v)):
         # One scale per channel cancels in k / Sk. It is not the default because it looks ahead: early keys
         # that are 1e38 times smaller than the largest would vanish.
         top = k.detach().abs().amax(-2, keepdim=True).clamp(min=eps)
