@@ -41,12 +41,19 @@ def gradients(name, dtype, backend):
 
 
 @each
-def test_fused_equals_reference(name, error):
-    arguments, options = example(name)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("grad", [False, True])
+def test_fused_equals_reference(name, batch, grad, error):
+    arguments, options = example(name, batch=batch)
     want = run(name, arguments, options, backend="reference")
     assert want.dtype == torch.float64
-    assert error(run(name, arguments, options, backend="fused"), want) < 1e-11
-    assert error(run(name, arguments, options), want) < 1e-11
+    with torch.set_grad_enabled(grad):
+        for backend in ("fused", "auto"):
+            assert error(run(name, arguments, options, backend=backend), want) < 1e-11
+            inputs = leaves(arguments)
+            for tensor in inputs:
+                tensor.requires_grad_()  # no-grad forms must not leave them out
+            assert error(run(name, arguments, options, backend=backend).detach(), want) < 1e-11
 
 
 @each
@@ -133,8 +140,16 @@ def test_compiles_as_one_graph_for_any_length(name, error):
     compiled = torch.compile(OPERATORS[name][1], backend="aot_eager", fullgraph=True)
     for tokens in (16, 25, 9):
         arguments, options = example(name, tokens=tokens, dtype=torch.float32)
+        inputs = [tensor.requires_grad_() for tensor in leaves(arguments)]
         want = run(name, arguments, options, backend="reference")
-        assert error(compiled(*arguments, **options), want) < 1e-5
+        out = compiled(*arguments, **options)
+        assert error(out, want) < 1e-5
+        for got, grad in zip(
+            torch.autograd.grad(out.square().sum(), inputs),
+            torch.autograd.grad(want.square().sum(), inputs),
+            strict=True,
+        ):
+            assert error(got, grad) < 2e-5
 
 
 @each
@@ -175,11 +190,11 @@ def test_views_of_one_projection_are_not_copied(name, batch, grad):
     qkv = torch.randn(batch, tokens, 3 * heads * dim, requires_grad=grad)
     q, k, v = qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
     arguments = (q, v, q.detach()[:, :, :5].contiguous()) if name == "soft" else (q, k, v)
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
         run(name, arguments, {}, backend="fused")
     copies = [
         (event.name, event.input_shapes[0])
-        for event in profile.events()
+        for event in profile.function_events
         if event.name in ("aten::copy_", "aten::clone") and math.prod(event.input_shapes[0]) >= q.numel()
     ]
     assert not copies

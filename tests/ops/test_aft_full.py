@@ -174,11 +174,54 @@ def test_steps_equal_the_causal_form(window, error):
 
 @pytest.mark.parametrize("size", [1.0, 200.0])
 def test_a_compiled_graph_decides_by_the_values(size, error):
-    compiled = torch.compile(aft_full, backend="eager", fullgraph=True)
+    compiled = torch.compile(aft_full, backend="aot_eager", fullgraph=True)
     q, k, v = random(3, 1, 20, 3, dtype=torch.float32).unbind(0)
     k, w = k * size, random(20, 20, seed=1, dtype=torch.float32) * size
-    want = aft_full(*(t.double() for t in (q, k, v, w)), backend="reference")
-    assert error(compiled(q, k, v, w), want) < 5e-6
+    inputs = [t.requires_grad_() for t in (q, k, v, w)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, want = compiled(*inputs), aft_full(*exact, backend="reference")
+    assert error(out, want) < 5e-6
+    weight = random(*out.shape, seed=2)
+    for got, grad in zip(
+        torch.autograd.grad(out, inputs, weight.float()),
+        torch.autograd.grad(want, exact, weight),
+        strict=True,
+    ):
+        assert error(got, grad) < 2e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("factors", [False, True])
+def test_blocks_of_queries(causal, factors, error, monkeypatch):
+    monkeypatch.setattr("sansmax.ops.aft.full.fused.ROWS", 5)
+    q, k, v = random(3, 2, 13, 4).unbind(0)
+    w = (random(14, 3, seed=1), random(14, 3, seed=2)) if factors else random(14, 14, seed=1)
+    for spread in (1, 100, 1000):  # products, products in a wider range, one exponent per channel
+        got = aft_full(q, k * spread, v, w, causal=causal, backend="fused")
+        assert error(got, aft_full(q, k * spread, v, w, causal=causal, backend="reference")) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 70])
+@pytest.mark.parametrize("spread", [1, 100, 2000])
+def test_blocks_of_a_long_sequence(window, causal, spread, error):
+    q, k, v = random(3, 2, 600, 2).unbind(0)
+    w = random(601, 601, seed=1)
+    keep = torch.rand(2, 600, generator=torch.Generator().manual_seed(2)) > 0.2
+    options = {"causal": causal, "mask": keep}
+    want = aft_local(q, k * spread, v, w, window, **options, backend="reference")
+    assert error(aft_local(q, k * spread, v, w, window, **options, backend="fused"), want) < 1e-11
+
+
+@pytest.mark.parametrize("spread", [1, 60])  # within the range of float32, and of float64
+def test_excluded_pairs_do_not_cost_the_products(spread, error, monkeypatch):
+    q, k, v = random(3, 2, 13, 4, dtype=torch.float32).unbind(0)
+    w = random(13, 13, seed=1, dtype=torch.float32)
+    keep = torch.arange(13).expand(2, -1) != 4
+    want = aft_full(q, k * spread, v, w, causal=True, mask=keep, backend="reference")
+    monkeypatch.setattr("sansmax.ops.aft.full.fused.exact", None)
+    got = aft_full(q, k * spread, v, w, causal=True, mask=keep, backend="fused")
+    assert error(got, want) < 5e-6
 
 
 def test_laws(error):

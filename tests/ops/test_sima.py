@@ -168,13 +168,38 @@ def test_extremes(dtype, size, tolerance, causal, error):
     assert error(sima(q, k, v, causal=causal), want) < tolerance
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("order", ["qk", "kv"])
-def test_the_product_of_the_sums_may_leave_float32(order, error):
+@pytest.mark.parametrize("q_scale", [1e-11, 1, 1e20, 3e38])
+@pytest.mark.parametrize("k_scale", [1e-11, 1, 1e20, 3e38])  # sums of 3e38 are infinite in float32
+@pytest.mark.parametrize("v_scale", [1e-20, 1, 1e30])
+def test_sums_and_products_may_leave_float32(q_scale, k_scale, v_scale, order, grad, error):
     torch.manual_seed(8)
-    q, k, v = torch.randn(3, 1, 2, 30, 5).unbind(0)
+    q, k, v = (
+        t.clamp(-1, 1) * s
+        for t, s in zip(torch.randn(3, 1, 2, 30, 5), (q_scale, k_scale, v_scale), strict=True)
+    )
     want = sima(q.double(), k.double(), v.double())
-    for scale in (1e20, 1e-11):
-        assert error(sima(q * scale, k * scale, v, order=order), want) < 1e-5
+    with torch.set_grad_enabled(grad):
+        assert error(sima(q.requires_grad_(grad), k, v, order=order).detach(), want) < 1e-5
+
+
+def test_the_sums_are_taken_in_blocks(error, monkeypatch):
+    torch.manual_seed(9)
+    q, k, v = torch.randn(3, 2, 3, 23, 5, dtype=torch.float64).unbind(0)
+    monkeypatch.setattr("sansmax.ops.sima.fused.ENTRIES", 4 * 2 * 3 * 5)
+    assert error(sima(q, k, v), sima(q, k, v, backend="reference")) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # of jacfwd itself
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacfwd, torch.func.jacrev])
+def test_transforms_of_torch_func(transform, error):
+    torch.manual_seed(10)
+    q, k, v = torch.randn(3, 1, 2, 7, 3, dtype=torch.float64).unbind(0)
+    if transform is torch.func.vmap:
+        q = torch.stack([q, q + 1])
+    got, want = (transform(lambda q, b=b: sima(q, k, v, backend=b))(q) for b in BACKENDS)
+    assert error(got, want) < 1e-12
 
 
 def test_autocast_keeps_float32_islands(error):
