@@ -29,7 +29,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
     from sansmax import layers, models
-    from sansmax.models import create_model
+    from sansmax.models import create_model, load_published
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "create_model",
     "external",
     "layers",
+    "load_published",
     "models",
     "newton_inverse",
     "sima",
@@ -65,6 +66,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("layers", "models"):
         return import_module(f"sansmax.{name}")
-    if name == "create_model":
-        return import_module("sansmax.models").create_model
+    if name in ("create_model", "load_published"):
+        return getattr(import_module("sansmax.models"), name)
     raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

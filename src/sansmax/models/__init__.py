@@ -1,9 +1,11 @@
 """Whole networks, registered in timm when this package is imported; a file without an underscore is one."""
 
 from .._find import load, names
+from ._published import load_published
 from ._vit import ViT, create_model
+from ._xcit import XCiT
 
-__all__ = ["ViT", "create_model"]
+__all__ = ["ViT", "XCiT", "create_model", "load_published"]
 
 for _name in names(__name__):
     load(__name__, _name)

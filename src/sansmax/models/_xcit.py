@@ -1,17 +1,20 @@
-"""Blocks of the XCiT trunk for any mechanism, and the class attention that SimA puts in place of CaiT's.
+"""timm's XCiT with any mechanism, and the class attention that SimA puts in place of CaiT's.
 
 timm's XCiT supplies stem, Fourier positions, local patch interaction and the residual wiring; the published
 SimA code (sima.py) differs from XCiT in the two attentions alone, and its state dict has the same keys.
 """
 
+from typing import Any
+
 import torch
-from timm.models.xcit import ClassAttentionBlock, XCABlock
+from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from sansmax.layers._contract import Mixer
-from sansmax.ops._backend import no_autocast
+from .. import layers
+from ..layers import Mixer
+from ..ops._backend import no_autocast
 
-__all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock"]
+__all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT"]
 
 
 class SimAClassAttention(nn.Module):
@@ -89,3 +92,88 @@ class MixerXCBlock(XCABlock):
     def __init__(self, dim: int, num_heads: int, *, mixer: Mixer, **words) -> None:
         super().__init__(dim, num_heads, **words)
         self.attn = mixer
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = x + self.drop_path1(self.gamma1 * self.attn(self.norm1(x), grid=(H, W)))
+        x = x + self.drop_path3(self.gamma3 * self.local_mp(self.norm3(x), H, W))
+        return x + self.drop_path2(self.gamma2 * self.mlp(self.norm2(x)))
+
+
+class XCiT(Xcit):
+    """timm's XCiT with a mechanism in place of cross-covariance attention, at any image size.
+
+    image -> 3x3 convolutions with stride 2 -> + Fourier positions -> depth x (mechanism, local patch
+    interaction, MLP) -> class token enters -> class attention blocks -> norm -> head. Height and width may
+    be any number of pixels: the grid is ceil(height / patch_size) by ceil(width / patch_size).
+
+    Args:
+        mechanism: a file name of sansmax.layers; "softmax" is XCiT's own cross-covariance attention. "sima"
+            also has its own class attention, as published; with the others it is XCiT's, with softmax.
+        mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
+        **words: see timm.models.xcit.Xcit. attn_drop_rate drops from the map of the class attention, and
+            from the blocks' where they have one.
+    """
+
+    def __init__(
+        self, *, mechanism: str = "softmax", mechanism_args: dict[str, Any] | None = None, **words: Any
+    ) -> None:
+        super().__init__(**words)
+        self.set_mechanism(mechanism, mechanism_args)
+
+    def set_mechanism(self, mechanism: str, mechanism_args: dict[str, Any] | None = None) -> None:
+        """Puts new layers of another mechanism into a network that still has XCiT's own."""
+        layer = layers.mechanism(mechanism)
+        if mechanism == "softmax":
+            if mechanism_args:
+                raise ValueError(
+                    f"XCiT: mechanism_args must be empty for 'softmax', which is cross-covariance attention "
+                    f"here, got {mechanism_args}; choose another mechanism"
+                )
+            return
+        stem: Any = self.patch_embed
+        class_blocks: Any = self.cls_attn_blocks
+        weight = next(stem.parameters())
+        factory = {"device": weight.device, "dtype": weight.dtype}
+        for block in self.blocks:
+            own: Any = block.attn
+            words = {
+                "num_heads": own.num_heads,
+                "qkv_bias": own.qkv.bias is not None,
+                "proj_drop": own.proj_drop.p,
+                **({"attn_drop": own.attn_drop.p} if layer.attention_map else {}),
+                **(mechanism_args or {}),
+            }
+            block.attn = layer(self.embed_dim, **words, **factory)
+            block.__class__ = MixerXCBlock
+        if mechanism == "sima":
+            for block in class_blocks:
+                own = block.attn
+                block.attn = SimAClassAttention(
+                    self.embed_dim,
+                    (mechanism_args or {}).get("num_heads", own.num_heads),
+                    own.q.bias is not None,
+                    own.attn_drop.p,
+                    own.proj_drop.p,
+                    **factory,
+                )
+        rows, columns = (-(-side // stem.patch_size) for side in stem.img_size)
+        for mixer in self.mixers().values():
+            mixer.set_input((rows, columns))
+        self.apply(self._init_weights)
+        for mixer in self.mixers().values():
+            mixer.reset_parameters()
+
+    def mixers(self) -> dict[str, Mixer]:
+        """The mechanism's layers by module name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Mixer)}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that should not decay: timm's and the layers' position tables."""
+        own = {f"{name}.{p}" for name, layer in self.mixers().items() for p in layer.no_weight_decay()}
+        return super().no_weight_decay() | own
+
+    def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' keys (XCiT's xcit.py, SimA's sima.py) in timm's names; timm's own pass as they are."""
+        return checkpoint_filter_fn(
+            {key.replace("pos_embeder.", "pos_embed."): value for key, value in state.items()}, self
+        )

@@ -1,0 +1,59 @@
+"""Published networks in timm's registry, from a table of their sizes."""
+
+import sys
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+__all__ = ["register"]
+
+
+def register(
+    module: str, cls: type[nn.Module], networks: dict[str, dict[str, Any]], *, source: str, **cfg: Any
+) -> None:
+    """Makes an entrypoint of timm for every network of a file.
+
+    Args:
+        module: the file's __name__.
+        cls: the trunk; it is built with the network's words, and with those of the caller on top.
+        networks: name -> words.
+        source: where the sizes are published; the entrypoint's docstring.
+        **cfg: timm's pretrained_cfg, in place of 224 px, crop 1.0, bicubic, ImageNet's mean and deviation.
+    """
+    common = {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": False,
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head",
+    }
+    own = sys.modules[module]
+    own.default_cfgs = generate_default_cfgs(dict.fromkeys(networks, common | cfg))  # pyright: ignore
+    for name, words in networks.items():
+        entrypoint = _entrypoint(name, cls, words)
+        entrypoint.__name__ = entrypoint.__qualname__ = name
+        entrypoint.__module__ = module
+        entrypoint.__doc__ = f"{name}: {words}. {source}"
+        setattr(own, name, register_model(entrypoint))
+
+
+def _entrypoint(name: str, cls: type[nn.Module], words: dict[str, Any]):
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(
+                f"{name}: pretrained must be False because no weights are hosted for it, got True; build the "
+                f"network and load a file with sansmax.load_published(model, path)"
+            )
+        arguments = {**words, **kwargs}
+        indices = arguments.pop("out_indices", 3)
+        return build_model_with_cfg(
+            cls, name, False, feature_cfg={"out_indices": indices, "feature_cls": "getter"}, **arguments
+        )
+
+    return entrypoint

@@ -1,0 +1,42 @@
+"""SimA's networks: the XCiT trunk with SimA for both attentions (published code sima.py), and the DeiT trunk.
+
+Koohpayegani and Pirsiavash, "SimA: Simple Softmax-free Attention for Vision Transformers", WACV 2024 (arXiv
+2206.08898). Parameters are XCiT's less one temperature per head. `num_heads=1` is the paper's single-head
+form. No weights were published.
+"""
+
+from ._register import register
+from ._xcit import XCiT
+
+__all__: list[str] = []
+
+# Width, heads, blocks. LayerScale starts at 1 in 12 blocks and at 1e-5 in 24.
+SIZES = {
+    "nano_12": (128, 4, 12),
+    "tiny_12": (192, 4, 12),
+    "small_12": (384, 8, 12),
+    "tiny_24": (192, 4, 24),
+    "small_24": (384, 8, 24),
+    "medium_24": (512, 8, 24),
+    "large_24": (768, 16, 24),
+}
+
+register(
+    __name__,
+    XCiT,
+    {
+        f"sima_{size}_p{patch_size}": {
+            "mechanism": "sima",
+            "patch_size": patch_size,
+            "embed_dim": width,
+            "num_heads": heads,
+            "depth": depth,
+            "eta": 1.0 if depth == 12 else 1e-5,
+            "tokens_norm": size != "nano_12",
+        }
+        for size, (width, heads, depth) in SIZES.items()
+        for patch_size in (16, 8)
+    },
+    source="Published code of SimA, sima.py.",
+    first_conv="patch_embed.proj.0.0",
+)
