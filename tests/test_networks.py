@@ -7,7 +7,9 @@ import timm
 import torch
 
 import sansmax
+from sansmax import layers
 from sansmax.models import load_published
+from sansmax.train.compare import count_flops
 
 # Exact, from the published code.
 PARAMETERS = {
@@ -25,6 +27,29 @@ PARAMETERS = {
     "sima_small_24_p8": 47_630_920,
     "sima_medium_24_p8": 84_323_432,
     "sima_large_24_p8": 188_932_264,
+    "aft_full_tiny_p16": 6_322_600,
+    "aft_full_small_p16": 22_655_848,
+    "aft_conv_tiny_p16_k11_h32": 5_356_072,
+    "aft_conv_tiny_p16_k11_h192": 5_962_792,
+    "aft_conv_small_p16_k11_h16": 20_298_088,
+    "aft_conv_small_p16_k11_h384": 22_541_416,
+    "aft_conv_small_p16_k15_h384": 23_020_648,
+}
+# Millions of parameters and 10^9 multiply-adds at 224 px, as printed.
+XVIT = {
+    "u": (5.72, 1.01),
+    "tiny": (10.24, 1.89),
+    "small": (20.81, 3.71),
+    "medium": (37.53, 6.97),
+    "base": (64.05, 11.93),
+}
+NETWORKS = [name for module in ("sima", "xvit", "aft") for name in timm.list_models(module=module)]
+SMALL = {
+    "aft_conv": {"kernel_size": 3},
+    "aft_full": {"factor_dim": 5},
+    "aft_local": {"factor_dim": 5, "window": 4},
+    "soft": {"landmarks": 4},
+    "soft_norm": {"landmarks": 4},
 }
 
 
@@ -33,6 +58,135 @@ def test_parameters(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("size", XVIT)
+def test_xvit_has_the_printed_size(size):
+    parameters, multiply_adds = XVIT[size]
+    for family in ("xvit", "vibid"):
+        model = timm.create_model(f"{family}_{size}_p16")
+        gammas = sum(p.numel() for k, p in model.named_parameters() if k.endswith("attn.gamma"))
+        assert (gammas > 0) == (family == "xvit")
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == parameters
+    assert count_flops(model, torch.randn(1, 3, 224, 224)) / 2e9 == pytest.approx(multiply_adds, rel=0.01)
+
+
+def small(name, **words):
+    """A network of the same wiring that builds and runs in a moment."""
+    heads = 2 if "mechanism" in words or "xvit" in name or "vibid" in name or "sima" in name else 4
+    own = {"embed_dim": 32, "depth": 2, "num_heads": heads, "num_classes": 5, "img_size": (48, 64)}
+    if "xvit" in name or "vibid" in name:
+        own["attn_dim"] = 16
+    if "aft_conv" in name:
+        own["mechanism_args"] = {"kernel_size": 3, "num_heads": 8}
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**own, **words})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_timms_interface(name):
+    model = small(name, drop_path_rate=0.1).eval()
+    x = torch.randn(2, 3, 48, 64)
+    want = model(x)
+    assert want.shape == (2, 5)
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), want)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=1e-5)
+
+    grid = tuple(-(-side // (8 if name.endswith("p8") else 16)) for side in (48, 64))
+    final, maps = model.forward_intermediates(x, indices=[0, 1])
+    assert [tuple(m.shape) for m in maps] == [(2, 32, *grid)] * 2
+    tokens = model.forward_intermediates(x, indices=1, output_fmt="NLC", intermediates_only=True)
+    assert [tuple(m.shape) for m in tokens] == [(2, grid[0] * grid[1], 32)]
+    assert len(final) == 2
+    features = small(name, features_only=True, out_indices=(0, 1)).eval()
+    assert [tuple(m.shape) for m in features(x)] == [(2, 32, *grid)] * 2
+    assert features.feature_info.channels() == [32, 32]
+
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x), want)
+    model.train()
+    model(x).square().sum().backward()
+    model.set_grad_checkpointing(False)
+    mixers = model.mixers()
+    unused = {f"{k}.{p}" for k, layer in mixers.items() for p in layer.unused}
+    # Raw kernels of AFT-conv get no gradient while their spread, gamma, is 0.
+    idle = {k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert idle <= unused | {f"{k}.w" for k in mixers}
+    names = {key for key, _ in model.named_parameters()}
+    own = {f"{k}.{p}" for k, layer in mixers.items() for p in layer.no_weight_decay()}
+    assert own <= names & model.no_weight_decay()
+    assert set(model.group_matcher()) >= {"stem", "blocks"}
+
+    assert model.get_classifier() is model.head
+    model.reset_classifier(7)
+    assert model.eval()(x).shape == (2, 7)
+    model.prune_intermediate_layers([0])
+    assert len(model.blocks) == 1
+    assert small(name, in_chans=1)(torch.randn(1, 1, 48, 64)).shape == (1, 5)
+    assert small(name, num_classes=0)(x).shape == (2, 32)
+    cfg = model.pretrained_cfg
+    assert cfg["mean"] == (0.485, 0.456, 0.406)
+    assert cfg["num_classes"] == 1000
+
+
+@pytest.mark.parametrize("name", ["sima_tiny_12_p16", "sima_nano_12_p8", "xvit_small_p16", "vibid_u_p16"])
+def test_convolutional_stems_take_any_size(name):
+    model = small(name).eval()
+    for height, width in ((48, 64), (50, 33), (16, 16), (96, 30)):
+        assert model(torch.randn(1, 3, height, width)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["sima_deit_tiny_p16", "aft_full_tiny_p16", "aft_conv_tiny_p16_k11_h32"])
+def test_patch_stems_take_any_size_that_they_are_told(name):
+    model = small(name).eval()
+    model.set_input_size((32, 80))
+    assert model(torch.randn(1, 3, 32, 80)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("mechanism", layers.mechanisms())
+@pytest.mark.parametrize("trunk", ["xcit_nano_12_p16_224", "sima_nano_12_p16", "sima_deit_tiny_p16"])
+def test_any_trunk_with_any_mechanism(trunk, mechanism):
+    torch.manual_seed(0)
+    model = sansmax.create_model(
+        trunk,
+        mechanism,
+        mechanism_args=SMALL.get(mechanism),
+        embed_dim=32,
+        num_heads=4,
+        depth=2,
+        num_classes=5,
+        img_size=(48, 64),
+    )
+    x, y = torch.randn(4, 3, 48, 64), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    assert torch.nn.functional.cross_entropy(model(x), y) < loss
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    unused = {f"{k}.{p}" for k, layer in model.mixers().items() for p in (*layer.unused, "w")}
+    # The class token of a ViT's last block reads no convolution: that block's may be idle.
+    idle = {k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert {k for k in idle if "blocks.1.attn" not in k or "xcit" in trunk} <= unused
+
+
+def test_softmax_in_the_xcit_trunk_is_timms_own_network():
+    words = {"img_size": 48, "num_classes": 7, "depth": 2}
+    ours = sansmax.create_model("xcit_tiny_12_p16_224", **words).eval()
+    theirs = timm.create_model("xcit_tiny_12_p16_224", **words).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="mechanism_args must be empty for 'softmax'"):
+        sansmax.create_model("xcit_tiny_12_p16_224", mechanism_args={"qk_norm": True}, **words)
+    with pytest.raises(ValueError, match="pretrained must be False because timm's weights"):
+        sansmax.create_model("xcit_tiny_12_p16_224", "sima", pretrained=True)
+
+
+def test_one_head():
+    """The paper's single-head form, in both attentions."""
+    model = timm.create_model("sima_nano_12_p16", num_heads=1, depth=1)
+    assert model.blocks[0].attn.num_heads == model.cls_attn_blocks[0].attn.num_heads == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Whole networks, registered in timm when this package is imported; a file without an underscore is one."""
 
 from .._find import load, names
+from ._create import create_model
 from ._published import load_published
-from ._vit import ViT, create_model
+from ._vit import ViT
 from ._xcit import XCiT
 
 __all__ = ["ViT", "XCiT", "create_model", "load_published"]

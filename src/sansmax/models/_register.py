@@ -33,8 +33,9 @@ def register(
         "std": IMAGENET_DEFAULT_STD,
         "classifier": "head",
     }
-    own = sys.modules[module]
-    own.default_cfgs = generate_default_cfgs(dict.fromkeys(networks, common | cfg))  # pyright: ignore
+    own: Any = sys.modules[module]
+    known = getattr(own, "default_cfgs", {})
+    own.default_cfgs = known | generate_default_cfgs(dict.fromkeys(networks, common | cfg))
     for name, words in networks.items():
         entrypoint = _entrypoint(name, cls, words)
         entrypoint.__name__ = entrypoint.__qualname__ = name
@@ -51,6 +52,11 @@ def _entrypoint(name: str, cls: type[nn.Module], words: dict[str, Any]):
                 f"network and load a file with sansmax.load_published(model, path)"
             )
         arguments = {**words, **kwargs}
+        if arguments.get("mechanism") == words.get("mechanism"):
+            options = {**words.get("mechanism_args", {}), **(kwargs.get("mechanism_args") or {})}
+        else:
+            options = kwargs.get("mechanism_args") or {}
+        arguments["mechanism_args"] = options
         indices = arguments.pop("out_indices", 3)
         return build_model_with_cfg(
             cls, name, False, feature_cfg={"out_indices": indices, "feature_cls": "getter"}, **arguments

@@ -1,6 +1,5 @@
 """timm's VisionTransformer with any mechanism."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -10,17 +9,35 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .. import layers
-from .._find import pick
 from ..layers import Mixer
 
-__all__ = ["ViT", "create_model", "vit_mini"]
+__all__ = ["TRUNK_MODULES", "ViT", "create_vit", "vit_mini"]
 
 # timm's files with entrypoints of the VisionTransformer class, and this one.
 TRUNK_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", __name__.rpartition(".")[2])
 
 
 class ViT(VisionTransformer):
-    """timm's VisionTransformer whose attention layers are told the patch grid; made by create_model."""
+    """timm's VisionTransformer with a mechanism for its attention, whose layers are told the patch grid.
+
+    Args:
+        mechanism: a file name of sansmax.layers.
+        mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
+        **words: see timm.models.vision_transformer.VisionTransformer.
+    """
+
+    def __init__(
+        self, *, mechanism: str = "softmax", mechanism_args: dict[str, Any] | None = None, **words: Any
+    ) -> None:
+        layer = layers.mechanism(mechanism)
+        super().__init__(attn_layer=_bound(layer, mechanism_args or {}), **words)
+        self.settle()
+
+    def settle(self) -> None:
+        """Tells the layers the grid, then draws their tables anew in the sizes that follow from it."""
+        self.tell_mixers()
+        for mixer in self.mixers().values():
+            mixer.reset_parameters()
 
     def mixers(self) -> dict[str, Mixer]:
         """The mechanism's layers by module name."""
@@ -44,35 +61,12 @@ class ViT(VisionTransformer):
         return super().no_weight_decay() | own
 
 
-def create_model(
-    trunk: str,
-    mechanism: str = "softmax",
-    *,
-    mechanism_args: dict[str, Any] | None = None,
-    pretrained: bool = False,
-    **kwargs: Any,
+def create_vit(
+    trunk: str, mechanism: str, mechanism_args: dict[str, Any] | None, pretrained: bool, **kwargs: Any
 ) -> nn.Module:
-    """A Vision Transformer of timm with any mechanism in place of its attention.
-
-    Args:
-        trunk: a name of timm whose class is VisionTransformer ("vit_tiny_patch16_224",
-            "deit_small_patch16_224") or "vit_mini".
-        mechanism: a file name of sansmax.layers ("xnorm").
-        mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
-        pretrained: timm's weights; only where the mechanism has softmax's parameters (sima, aft_simple,
-            xnorm with gamma=False).
-        **kwargs: timm's (img_size=224 or (height, width), num_classes, patch_size, class_token, global_pool,
-            drop_path_rate, features_only, ...). class_token=False pools unless global_pool says otherwise.
-
-    Returns:
-        A ViT with timm's interface, or timm's wrapper around it with features_only=True.
-
-    Raises:
-        ValueError: an unknown name (with the nearest), or an argument that the mechanism cannot follow.
-    """
+    """One of timm's own ViTs; see sansmax.create_model."""
     layer = layers.mechanism(mechanism)
     options = dict(mechanism_args or {})
-    _check_trunk(trunk)
     if pretrained:
         _check_pretrained(mechanism, layer, options)
     for argument in ("dynamic_img_size", "patch_drop_rate"):
@@ -97,9 +91,7 @@ def create_model(
         )
     # timm's entrypoints decide which class they build; ViT adds only methods to it.
     vit.__class__ = ViT
-    vit.tell_mixers()
-    for mixer in vit.mixers().values():
-        mixer.reset_parameters()  # tables of the right size now
+    vit.settle()
     if "attn_layer" in getattr(model, "_model_args", {}):
         model._model_args["attn_layer"] = mechanism  # a bound class cannot be pickled
     if checkpoint_path:
@@ -115,13 +107,6 @@ def _bound(layer: type[Mixer], options: dict[str, Any]) -> type[Mixer]:
             return layer(*args, **{**words, **options})
 
     return Bound
-
-
-def _check_trunk(trunk: str) -> None:
-    known = [name for module in TRUNK_MODULES for name in timm.list_models(module=module)]
-    name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
-    if name not in known:
-        pick("trunks, of which these are near", name, difflib.get_close_matches(name, known, n=5, cutoff=0))
 
 
 def _check_pretrained(mechanism: str, layer: type[Mixer], options: dict[str, Any]) -> None:

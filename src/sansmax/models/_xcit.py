@@ -6,6 +6,7 @@ SimA code (sima.py) differs from XCiT in the two attentions alone, and its state
 
 from typing import Any
 
+import timm
 import torch
 from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .. import layers
 from ..layers import Mixer
 from ..ops._backend import no_autocast
 
-__all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT"]
+__all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
 
 
 class SimAClassAttention(nn.Module):
@@ -94,9 +95,13 @@ class MixerXCBlock(XCABlock):
         self.attn = mixer
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        x = x + self.drop_path1(self.gamma1 * self.attn(self.norm1(x), grid=(H, W)))
-        x = x + self.drop_path3(self.gamma3 * self.local_mp(self.norm3(x), H, W))
-        return x + self.drop_path2(self.gamma2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.scaled(1, self.attn(self.norm1(x), grid=(H, W))))
+        x = x + self.drop_path3(self.scaled(3, self.local_mp(self.norm3(x), H, W)))
+        return x + self.drop_path2(self.scaled(2, self.mlp(self.norm2(x))))
+
+    def scaled(self, branch: int, y: Tensor) -> Tensor:
+        """LayerScale of a branch."""
+        return self.get_parameter(f"gamma{branch}") * y
 
 
 class XCiT(Xcit):
@@ -177,3 +182,20 @@ class XCiT(Xcit):
         return checkpoint_filter_fn(
             {key.replace("pos_embeder.", "pos_embed."): value for key, value in state.items()}, self
         )
+
+
+def create_xcit(
+    trunk: str, mechanism: str, mechanism_args: dict[str, Any] | None, pretrained: bool, **kwargs: Any
+) -> nn.Module:
+    """One of timm's own XCiTs; see sansmax.create_model."""
+    if pretrained and mechanism != "softmax":
+        raise ValueError(
+            f"{trunk}: pretrained must be False because timm's weights are made for cross-covariance "
+            f"attention, got True for mechanism {mechanism!r}; use mechanism='softmax' or train the network"
+        )
+    model: Any = timm.create_model(trunk, pretrained=pretrained, **kwargs)
+    xcit = getattr(model, "model", model)
+    # timm's entrypoints decide which class they build; XCiT adds only methods to it.
+    xcit.__class__ = XCiT
+    xcit.set_mechanism(mechanism, mechanism_args)
+    return model

@@ -6,6 +6,7 @@ form. No weights were published.
 """
 
 from ._register import register
+from ._vit import ViT
 from ._xcit import XCiT
 
 __all__: list[str] = []
@@ -39,4 +40,25 @@ register(
     },
     source="Published code of SimA, sima.py.",
     first_conv="patch_embed.proj.0.0",
+)
+
+register(
+    __name__,
+    ViT,
+    {
+        f"sima_deit_{size}_p16": {
+            "mechanism": "sima",
+            "patch_size": 16,
+            "embed_dim": width,
+            "num_heads": heads,
+            "depth": 12,
+            "init_values": 1.0,
+        }
+        for size, (width, heads) in {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}.items()
+    },
+    # Where LayerScale starts, and whether positions are learned, is not known: 1 as in 12 blocks of
+    # SimA-XCiT, and learned as in DeiT.
+    source="DeiT with SimA; its block, with LayerScale, is the author's in issue 3 of the published code.",
+    first_conv="patch_embed.proj",
+    crop_pct=0.9,
 )

@@ -220,23 +220,30 @@ def count_flops(model: nn.Module, x: Tensor) -> int:
     torch.utils.flop_counter as it runs.
     """
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, layers.Mixer)}
-    tokens: dict[str, int] = {}
+    costs: dict[str, int] = {}
 
-    def note(name: str):
-        return lambda _, args: tokens.update({name: args[0].shape[1]})
+    def note(name: str, mixer: layers.Mixer):
+        def hook(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            context = options.get("context")
+            costs[name] = mixer.flops(args[0].shape[1], None if context is None else context.shape[1])
 
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in mixers.items()]
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name, module), with_kwargs=True)
+        for name, module in mixers.items()
+    ]
     training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval()(x)
     model.train(training)
     for hook in hooks:
         hook.remove()
     counted = counter.get_flop_counts()
     total = counter.get_total_flops()
-    for name, mixer in mixers.items():
+    for name, cost in costs.items():
         inside = counted.get(f"{type(model).__name__}.{name}", {})
-        total += mixer.flops(tokens[name]) - sum(inside.values())
+        total += cost - sum(inside.values())
     return total
 
 

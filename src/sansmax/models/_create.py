@@ -1,0 +1,61 @@
+"""Any trunk with any mechanism."""
+
+import difflib
+from typing import Any
+
+import timm
+from torch import nn
+
+from .. import layers
+from .._find import names, pick
+from ._vit import TRUNK_MODULES, create_vit
+from ._xcit import create_xcit
+
+__all__ = ["create_model"]
+
+
+def create_model(
+    trunk: str,
+    mechanism: str | None = None,
+    *,
+    mechanism_args: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A network with any mechanism in place of its attention.
+
+    Args:
+        trunk: a name of timm whose class is VisionTransformer ("vit_tiny_patch16_224",
+            "deit_small_patch16_224") or Xcit ("xcit_small_12_p16_224"), a network of sansmax.models
+            ("sima_tiny_12_p16"), or "vit_mini".
+        mechanism: a file name of sansmax.layers ("xnorm"). None is the trunk's own; "softmax" in an XCiT
+            trunk is its cross-covariance attention.
+        mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
+        pretrained: timm's weights; only where the mechanism has softmax's parameters (sima, aft_simple,
+            xnorm with gamma=False) in a VisionTransformer, or without another mechanism.
+        **kwargs: timm's (img_size=224 or (height, width), num_classes, patch_size, class_token, global_pool,
+            drop_path_rate, features_only, ...). class_token=False pools unless global_pool says otherwise.
+
+    Returns:
+        A ViT or XCiT with timm's interface, or timm's wrapper around it with features_only=True.
+
+    Raises:
+        ValueError: an unknown name (with the nearest), or an argument that the mechanism cannot follow.
+    """
+    if mechanism is not None:
+        mechanism = pick("layers", mechanism, names(layers.__name__))
+    name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
+    published = [n for module in names(__package__ or "") for n in timm.list_models(module=module)]
+    xcits = timm.list_models(module="xcit")
+    vits = [n for module in TRUNK_MODULES for n in timm.list_models(module=module)]
+    if name in published:
+        chosen: dict[str, Any] = {} if mechanism is None else {"mechanism": mechanism}
+        if mechanism_args:
+            chosen["mechanism_args"] = mechanism_args
+        return timm.create_model(trunk, pretrained=pretrained, **chosen, **kwargs)
+    if name in xcits:
+        return create_xcit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
+    if name not in vits:
+        known = [*published, *xcits, *vits]
+        pick("trunks, of which these are near", name, difflib.get_close_matches(name, known, n=5, cutoff=0))
+    return create_vit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
