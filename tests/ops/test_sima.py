@@ -191,7 +191,7 @@ def test_the_sums_are_taken_in_blocks(error, monkeypatch):
     assert error(sima(q, k, v), sima(q, k, v, backend="reference")) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # of jacfwd itself
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of jacfwd itself
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacfwd, torch.func.jacrev])
 def test_transforms_of_torch_func(transform, error):
     torch.manual_seed(10)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 __all__ = ["load_published"]
 
-# What wraps a state dict in the authors' files; an average of the weights is not what they evaluated.
+# What wraps a state dict in the authors' files. A network names what goes before these
+# (`published_wrappers`).
 WRAPPERS = ("model", "state_dict", "net", "model_state_dict")
 SHOWN = 3
 
@@ -23,9 +24,10 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
     Args:
         model: a network of sansmax.models. Its class may rename keys (`published_state`).
         checkpoint: a file (.pth, .pt, .bin, .safetensors) or a state dict, bare or inside "model",
-            "state_dict" or "net", with the published key names or with our own. A prefix "module." is
-            dropped. Files are read with weights_only: argparse.Namespace, which several authors saved beside
-            the weights, is the one object that may be in them, and nothing in a file is executed.
+            "state_dict" or "net" (for SOFT "state_dict_ema", the weights that its authors evaluated), with
+            the published key names or with our own. A prefix "module." is dropped. Files are read with
+            weights_only: argparse.Namespace, which several authors saved beside the weights, is the one
+                object that may be in them, and nothing in a file is executed.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is damaged or holds other objects, or keys or
@@ -33,7 +35,7 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
     """
     name = type(model).__name__ if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint).expanduser())
-    state = _state_dict(content, name)
+    state = _state_dict(content, (*getattr(model, "published_wrappers", ()), *WRAPPERS), name)
     rename = getattr(model, "published_state", None)
     if rename is not None:
         state = rename(state)
@@ -65,8 +67,8 @@ def _read(path: Path) -> Any:
         ) from None
 
 
-def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
+def _state_dict(content: Any, wrappers: tuple[str, ...], name: str) -> dict[str, Tensor]:
+    for wrapper in wrappers:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if (
@@ -81,7 +83,7 @@ def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
         )
         raise ValueError(
             f"checkpoint: expected a state dict of tensors in {name}, bare or under one of "
-            f"{', '.join(WRAPPERS)}, got {got}; pass the dict of tensors itself"
+            f"{', '.join(wrappers)}, got {got}; pass the dict of tensors itself"
         )
     prefix = "module."
     if all(key.startswith(prefix) for key in content):

@@ -34,7 +34,8 @@ class LearnedPositions(nn.Module):
     def forward(self, batch: int, rows: int, columns: int) -> Tensor:
         """(B, C, rows, columns), as timm's XCiT asks for it."""
         table = resample_abs_pos_embed(self.table, [rows, columns], list(self.grid), num_prefix_tokens=0)
-        return table.mT.unflatten(-1, (rows, columns)).expand(batch, -1, -1, -1)
+        # A view would require gradients even under no_grad, and torch.utils.flop_counter then fails.
+        return table.mT.unflatten(-1, (rows, columns)).repeat(batch, 1, 1, 1)
 
 
 class PatchInteraction(nn.Module):
