@@ -8,7 +8,7 @@ import timm
 import torch
 
 import sansmax
-from sansmax import layers
+from sansmax import cli, layers
 from sansmax.models import load_published
 from sansmax.train.compare import count_flops
 
@@ -413,3 +413,31 @@ def test_no_weights_are_hosted():
     with pytest.raises(ValueError, match=r"pretrained must be False .* sansmax.load_published"):
         timm.create_model("sima_nano_12_p16", pretrained=True)
     assert sansmax.load_published is load_published
+
+
+def test_convert(tmp_path, capsys):
+    source = timm.create_model("sima_nano_12_p16", num_classes=3)
+    state = {k.replace("pos_embed.", "pos_embeder."): v for k, v in source.state_dict().items()}
+    torch.save({"model": state, "args": argparse.Namespace()}, tmp_path / "in.pth")
+    out = tmp_path / "out.safetensors"
+    arguments = ["convert", str(tmp_path / "in.pth"), str(out), "--model"]
+    assert cli.main([*arguments, "sima_nano_12_p16"]) == 0
+    assert "sima_nano_12_p16, 371 tensors" in capsys.readouterr().out
+    twin = timm.create_model("sima_nano_12_p16", num_classes=3, checkpoint_path=str(out)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(twin(x), source.eval()(x))
+    written = out.read_bytes()
+
+    for model, message in (
+        ("sima_tiny_12_p16", "of another shape (cls_token (1, 1, 128) for (1, 1, 192)"),
+        ("xvit_u_p16", "unexpected"),
+        ("sima_nano_12_p61", "did you mean 'sima_nano_12_p16'?"),
+    ):
+        assert cli.main([*arguments, model]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert out.read_bytes() == written
+    assert cli.main([*arguments[:2], str(tmp_path / "out.pth"), "--model", "sima_nano_12_p16"]) == 2
+    assert "ends in .safetensors" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import layers
 from .._find import names, pick
+from ._register import networks
 from ._vit import TRUNK_MODULES, create_vit
 from ._xcit import create_xcit
 
@@ -45,7 +46,7 @@ def create_model(
     if mechanism is not None:
         mechanism = pick("layers", mechanism, names(layers.__name__))
     name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
-    published = [n for module in names(__package__ or "") for n in timm.list_models(module=module)]
+    published = networks()
     xcits = timm.list_models(module="xcit")
     vits = [n for module in TRUNK_MODULES for n in timm.list_models(module=module)]
     if name in published:

@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_published"]
+__all__ = ["load_published", "read_state"]
 
 # What wraps a state dict in the authors' files. A network names what goes before these
 # (`published_wrappers`).
-WRAPPERS = ("model", "state_dict", "net", "model_state_dict")
+WRAPPERS = ("model", "state_dict", "net", "model_state_dict", "state_dict_ema")
 SHOWN = 3
 
 
@@ -34,8 +34,7 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
             shapes do not fit; the first of them are named. The model keeps its weights then.
     """
     name = type(model).__name__ if isinstance(checkpoint, Mapping) else str(checkpoint)
-    content = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint).expanduser())
-    state = _state_dict(content, (*getattr(model, "published_wrappers", ()), *WRAPPERS), name)
+    state = read_state(checkpoint, getattr(model, "published_wrappers", ()))
     rename = getattr(model, "published_state", None)
     if rename is not None:
         state = rename(state)
@@ -43,6 +42,13 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
     _check_fits(own, state, name)
     model.load_state_dict(state, strict=True)
     return model
+
+
+def read_state(checkpoint: str | Path | Mapping[str, Any], first: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The state dict of a checkpoint with its own key names; wrappers `first` go before WRAPPERS."""
+    if isinstance(checkpoint, Mapping):
+        return _state_dict(checkpoint, (*first, *WRAPPERS), "the dict")
+    return _state_dict(_read(Path(checkpoint).expanduser()), (*first, *WRAPPERS), str(checkpoint))
 
 
 def _read(path: Path) -> Any:

@@ -7,7 +7,18 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-__all__ = ["register"]
+from .._find import names
+
+__all__ = ["networks", "register"]
+
+
+def networks() -> list[str]:
+    """The names of the published networks, sorted by family and size as their files list them."""
+    return [name for module in names(__package__ or "") for name in _find_module(module)]
+
+
+def _find_module(module: str) -> list[str]:
+    return list(getattr(sys.modules[f"{__package__}.{module}"], "default_cfgs", {}))
 
 
 def register(

@@ -4,10 +4,11 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["prepare_folder", "read_json", "write_json", "write_text"]
+__all__ = ["prepare_folder", "read_json", "replace_file", "write_json", "write_text"]
 
 PROBE_BYTES = 2**20
 
@@ -36,14 +37,21 @@ def prepare_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Through a synced temporary file beside it: a reader sees the old content or the new one."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)` makes a file beside `path`, which is synced and then takes its place.
+
+    Raises:
+        OSError: it cannot be written; one sentence says what to do.
+    """
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
