@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sansmax.ops import operators
@@ -198,3 +200,23 @@ def test_views_of_one_projection_are_not_copied(name, batch, grad):
         if event.name in ("aten::copy_", "aten::clone") and math.prod(event.input_shapes[0]) >= q.numel()
     ]
     assert not copies
+
+
+@each
+@pytest.mark.parametrize("fake", [False, True])
+def test_shapes_without_values(name, fake):
+    """On the meta device and in FakeTensorMode, where nothing can be read."""
+    arguments, options = example(name, dtype=torch.float32)
+    want = run(name, arguments, options)
+    if fake:
+        with FakeTensorMode() as mode:
+            arguments = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            options = tree_map_only(torch.Tensor, mode.from_tensor, options)
+            got = run(name, arguments, options)
+    else:
+        arguments = tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments)
+        options = tree_map_only(torch.Tensor, lambda t: t.to("meta"), options)
+        got = run(name, arguments, options)
+        assert got.is_meta
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._backend import no_autocast
+from ..._eager import holds_values
 from .. import _triple
 from ._regions import by_regions, distance
 
@@ -55,15 +56,15 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
         average = by_regions(k, v, w, inside, prefix, short).transpose(1, 2)
         return average.clone(memory_format=torch.contiguous_format)
 
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    compiling, readable = torch.compiler.is_compiling(), holds_values(k, v, w)
+    if readable:
         low, high = w.detach().aminmax()
         if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
             return _by_convolution(k, v, w, grid, prefix, None)[0]
     average, exact = _by_convolution(k, v, w, grid, prefix, short)
     operands = (k.mT, v.transpose(1, 2), w, v)
     if not compiling:
-        return average if exact else regions(*operands)
+        return average if readable and exact else regions(*operands)
     # cond wants the outputs and the gradients of both branches in one shape and memory layout.
     operands = tuple(t.contiguous() for t in operands)
     return torch.where(exact, average, torch.cond(exact, lambda *x: x[-1].clone(), regions, operands))

@@ -86,7 +86,7 @@ def depth(k: Tensor, biases: Iterable[Tensor]) -> Tensor:
     """
     k = k.detach()
     k_span = span(k, 1)
-    if not torch.compiler.is_compiling() and k_span <= LIMITS[k.dtype]:
+    if holds_values(k_span) and k_span <= LIMITS[k.dtype]:
         return k_span
     both = (torch.stack([span(rows, -1), _finite_span(rows, -1)]) for rows in (r.detach() for r in biases))
     w_span, w_finite = torch.stack(list(both)).amax(0)
