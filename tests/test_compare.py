@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from sansmax import layers
+from sansmax.bench.measure import count_flops
 from sansmax.cli import main
 from sansmax.models import create_model
 from sansmax.train import checkpoint
 from sansmax.train import compare as module
-from sansmax.train.compare import CompareConfig, compare, count_flops
+from sansmax.train.compare import CompareConfig, compare
 
 
 @pytest.fixture

@@ -2,15 +2,17 @@
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 import sansmax
-from sansmax import cli, layers
+from sansmax import cli, layers, models
+from sansmax.bench.measure import count_flops
+from sansmax.bench.networks import row
 from sansmax.models import load_published
-from sansmax.train.compare import count_flops
 
 # Exact, from the published code.
 PARAMETERS = {
@@ -441,3 +443,19 @@ def test_convert(tmp_path, capsys):
     assert cli.main([*arguments[:2], str(tmp_path / "out.pth"), "--model", "sima_nano_12_p16"]) == 2
     assert "ends in .safetensors" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
+
+
+def test_the_table_of_networks_is_true():
+    page = Path(__file__).parents[1] / "docs" / "networks.md"
+    rows = {line.split("`")[1]: line for line in page.read_text().splitlines() if line.startswith("| `")}
+    assert list(rows) == models.networks()
+    for name in (
+        "sima_nano_12_p16",
+        "soft_tiny",
+        "xvit_u_p16",
+        "aft_full_tiny_p16",
+        "aft_conv_tiny_p16_k11_h32",
+    ):
+        assert rows[name] == row(name), "write it anew: python -m sansmax.bench.networks > docs/networks.md"
+    for name, parameters in PARAMETERS.items():
+        assert f" {parameters:,} " in rows[name]

@@ -13,10 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sansmax
 
-__all__ = ["commit", "free_memory", "interleaved", "machine", "peak_memory", "spread", "versions"]
+from .. import layers
+
+__all__ = [
+    "commit",
+    "count_flops",
+    "free_memory",
+    "interleaved",
+    "machine",
+    "peak_memory",
+    "spread",
+    "versions",
+]
 
 # A sample repeats a short call until it lasts this long, so that most of it finds its own data in the caches
 # and not the data of the callable before it.
@@ -207,3 +220,37 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """FLOPs of model(x), x (1, C, height, width): two for each multiply-add.
+
+    Mechanisms tell their own count, which includes what is no matrix product; everything else is counted by
+    torch.utils.flop_counter as it runs.
+    """
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, layers.Mixer)}
+    costs: dict[str, int] = {}
+
+    def note(name: str, mixer: layers.Mixer):
+        def hook(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            context = options.get("context")
+            costs[name] = mixer.flops(args[0].shape[1], None if context is None else context.shape[1])
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name, module), with_kwargs=True)
+        for name, module in mixers.items()
+    ]
+    training = model.training
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    counted = counter.get_flop_counts()
+    total = counter.get_total_flops()
+    for name, cost in costs.items():
+        inside = counted.get(f"{type(model).__name__}.{name}", {})
+        total += cost - sum(inside.values())
+    return total

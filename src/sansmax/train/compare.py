@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import __version__, layers
 from ..bench import measure
@@ -26,7 +25,7 @@ from ._gallery import gallery
 from .checkpoint import prepare_folder, read_json, write_json, write_text
 from .loop import Budget, train
 
-__all__ = ["CompareConfig", "compare", "count_flops"]
+__all__ = ["CompareConfig", "compare"]
 
 Records = dict[str, dict[str, Any]]
 
@@ -126,7 +125,7 @@ def _train_all(
                 model = network(config, images, name, seed)
                 if "flops" not in record:
                     record["params"] = sum(p.numel() for p in model.parameters())
-                    record["flops"] = count_flops(model, task.val_batch(torch.arange(1))[0].cpu())
+                    record["flops"] = measure.count_flops(model, task.val_batch(torch.arange(1))[0].cpu())
                 outcome = train(
                     model,
                     task,
@@ -211,40 +210,6 @@ def _progress(console: Console) -> Progress:
         transient=True,
         speed_estimate_period=120,
     )
-
-
-def count_flops(model: nn.Module, x: Tensor) -> int:
-    """FLOPs of model(x), x (1, C, height, width): two for each multiply-add.
-
-    Mechanisms tell their own count, which includes what is no matrix product; everything else is counted by
-    torch.utils.flop_counter as it runs.
-    """
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, layers.Mixer)}
-    costs: dict[str, int] = {}
-
-    def note(name: str, mixer: layers.Mixer):
-        def hook(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-            context = options.get("context")
-            costs[name] = mixer.flops(args[0].shape[1], None if context is None else context.shape[1])
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(note(name, module), with_kwargs=True)
-        for name, module in mixers.items()
-    ]
-    training = model.training
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
-    counted = counter.get_flop_counts()
-    total = counter.get_total_flops()
-    for name, cost in costs.items():
-        inside = counted.get(f"{type(model).__name__}.{name}", {})
-        total += cost - sum(inside.values())
-    return total
 
 
 def _summaries(config: CompareConfig, records: Records) -> Records:
