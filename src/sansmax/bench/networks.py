@@ -50,7 +50,7 @@ WEIGHTS = {
 }
 TEXT = """# The published networks
 
-`import sansmax.models` registers them in timm: `timm.create_model("soft_tiny", num_classes=10, img_size=256)`.
+`import sansmax.models` registers them in timm: `timm.create_model("soft_tiny", num_classes=10)`.
 Every one has timm's interface and takes `mechanism=` with any of sansmax's mechanisms (X-ViT and ViBid: any
 but softmax). Multiply-adds (10^9, one image) count convolutions, matrix products and the mechanisms;
 "exp-free" means that no layer computes an exponential to mix tokens. Top-1 is the authors' on ImageNet at 224
