@@ -338,6 +338,15 @@ def test_softmax_in_the_xcit_trunk_is_timms_own_network():
         sansmax.create_model("xcit_tiny_12_p16_224", "sima", pretrained=True)
 
 
+def test_checkpoints_of_an_xcit_with_another_mechanism(tmp_path):
+    words = {"embed_dim": 32, "num_heads": 2, "depth": 1, "num_classes": 3}
+    source = sansmax.create_model("xcit_nano_12_p16_224", "xnorm", **words).eval()
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    words["checkpoint_path"] = str(tmp_path / "weights.pt")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(sansmax.create_model("xcit_nano_12_p16_224", "xnorm", **words).eval()(x), source(x))
+
+
 def test_one_head():
     """The paper's single-head form, in both attentions."""
     model = timm.create_model("sima_nano_12_p16", num_heads=1, depth=1)

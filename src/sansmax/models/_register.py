@@ -13,12 +13,9 @@ __all__ = ["networks", "register"]
 
 
 def networks() -> list[str]:
-    """The names of the published networks, sorted by family and size as their files list them."""
-    return [name for module in names(__package__ or "") for name in _find_module(module)]
-
-
-def _find_module(module: str) -> list[str]:
-    return list(getattr(sys.modules[f"{__package__}.{module}"], "default_cfgs", {}))
+    """The names of the published networks, by family and then as their files list them."""
+    files = [sys.modules[f"{__package__}.{file}"] for file in names(__package__ or "")]
+    return [name for file in files for name in getattr(file, "default_cfgs", {})]
 
 
 def register(

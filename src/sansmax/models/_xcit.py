@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import load_checkpoint
 from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -193,9 +194,12 @@ def create_xcit(
             f"{trunk}: pretrained must be False because timm's weights are made for cross-covariance "
             f"attention, got True for mechanism {mechanism!r}; use mechanism='softmax' or train the network"
         )
+    checkpoint_path = kwargs.pop("checkpoint_path", None)
     model: Any = timm.create_model(trunk, pretrained=pretrained, **kwargs)
     xcit = getattr(model, "model", model)
     # timm's entrypoints decide which class they build; XCiT adds only methods to it.
     xcit.__class__ = XCiT
     xcit.set_mechanism(mechanism, mechanism_args)
+    if checkpoint_path:
+        load_checkpoint(model, checkpoint_path)  # not by timm, whose network still has XCiT's attention
     return model
