@@ -139,9 +139,10 @@ def test_what_a_layer_cannot_do_is_refused_with_what_to_use(name):
         ):
             with pytest.raises(ValueError, match="there is no streaming form; use "):
                 call()
-    if name != "softmax":
+    if not layer.attention_map:
         with pytest.raises(ValueError, match=r"attn_drop must be 0 .* use proj_drop"):
             make(name, attn_drop=0.1)
+    if name != "softmax":
         for wrong in (torch.ones(TOKENS, TOKENS, dtype=torch.bool), torch.zeros(2, 1, 1, TOKENS)):
             with pytest.raises(ValueError, match="attn_mask must be a bool key mask"):
                 layer(x, attn_mask=wrong)
@@ -313,6 +314,26 @@ def test_softmax_is_timms_attention_whatever_the_mask():
     layer.attn_drop.p = 0.5
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["external", "external_multihead"])
+def test_external_attention_drops_from_its_map(name):
+    layer, x = make(name, attn_drop=0.5), tokens(2, TOKENS, DIM)
+    plain = make(name)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer.eval()(x), plain(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    # A map that is dropped whole leaves the biases alone; on average dropout changes nothing.
+    torch.manual_seed(0)
+    mean = torch.stack([layer(x) for _ in range(400)]).mean(0)
+    assert (mean - plain(x)).abs().max() < 0.2 * plain(x).abs().max()
+    keep = torch.arange(TOKENS).expand(2, TOKENS) < TOKENS - 3
+    other = torch.where(keep[..., None], x, 9.0)
+    torch.manual_seed(1)
+    got = layer(x, mask=keep)
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(other, mask=keep)[keep], got[keep])
 
 
 def test_sima_token_scale_undoes_the_token_count():

@@ -76,13 +76,23 @@ def test_another_size(name):
     assert model(images(2, 3, 20, 28)).shape == (2, 5)
     optimised = {id(p) for p in model.parameters()}
     assert all(id(p) in optimised for layer in model.mixers().values() for p in layer.parameters())
+    dynamic = make(name, dynamic_img_size=True).eval()
+    fixed = make(name).eval()
+    for size in ((20, 28), (24, 16), (4, 4), (40, 8)):
+        x = images(2, 3, *size)
+        got = dynamic(x)
+        assert got.shape == (2, 5)
+        again = copy.deepcopy(fixed)
+        again.set_input_size(size)
+        torch.testing.assert_close(again(x), got, msg=str(size))
+        (features,) = dynamic.forward_intermediates(x, 1, intermediates_only=True)
+        assert features.shape == (2, 24, size[0] // 4, size[1] // 4)
     if MECHANISMS[name].traits.needs:
-        for argument in ({"dynamic_img_size": True}, {"patch_drop_rate": 0.5}):
-            with pytest.raises(ValueError, match=r"must be off because mechanism .*set_input_size"):
-                make(name, **argument)
+        with pytest.raises(ValueError, match=r"patch_drop_rate must be 0 because mechanism"):
+            make(name, patch_drop_rate=0.5)
     else:
-        dynamic = make(name, dynamic_img_size=True, patch_drop_rate=0.5)
-        assert dynamic(images(2, 3, 20, 28)).shape == (2, 5)
+        dropped = make(name, dynamic_img_size=True, patch_drop_rate=0.5)
+        assert dropped(images(2, 3, 20, 28)).shape == (2, 5)
 
 
 @every

@@ -3,6 +3,8 @@
 Parameters and multiply-adds are counted on the networks as they are built, without allocating them.
 """
 
+from collections import Counter
+
 import timm
 import torch
 
@@ -33,6 +35,10 @@ PAPER = {
     "vibid_small_p16": "82.0",
     "vibid_medium_p16": "82.8",
     "vibid_base_p16": "83.3",
+    "eamlp_7": "71.7 at 384 px",
+    "eamlp_14": "78.9",
+    "eamlp_19": "79.4",
+    "t2t_ea_14": "81.7",
     "aft_full_tiny_p16": "72.4",
     "aft_full_small_p16": "79.8",
     "aft_conv_tiny_p16_k11_h32": "73.9",
@@ -47,6 +53,7 @@ WEIGHTS = {
     "sima": "none published",
     "xvit": "none published",
     "aft": "none published",
+    "external": "none reachable",
 }
 TEXT = """# The published networks
 
@@ -72,13 +79,14 @@ def row(name: str) -> str:
             for network, size in zip(built, SIZES, strict=True)
         ]
     mixers = [module for module in built[0].modules() if isinstance(module, layers.Mixer)]
-    (mechanism,) = (key for key, layer in layers.mechanisms().items() if type(mixers[0]) is layer)
+    names = {layer: name for name, layer in layers.mechanisms().items()}
+    mechanisms = Counter(names[type(mixer)] for mixer in mixers)
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     cells = [
         f"`{name}`",
         f"{sum(p.numel() for p in built[0].parameters()):,}",
         *(f"{cost:.2f}" for cost in costs),
-        mechanism,
+        " + ".join(mechanism for mechanism, _ in mechanisms.most_common()),
         "yes" if all(mixer.traits.exp_free for mixer in mixers) else "no",
         PAPER.get(name, NOT_FOUND),
         WEIGHTS[family],

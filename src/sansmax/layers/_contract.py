@@ -42,7 +42,8 @@ class Mixer(nn.Module):
         qkv_bias, proj_bias: biases of the linear layers in front and of `proj`.
         qk_norm: `norm_layer(head_dim)` on queries and on keys, head by head.
         scale_norm: `norm_layer(width)` before `proj`.
-        attn_drop: dropout on the attention map; only softmax has one, the others refuse a value above 0.
+        attn_drop: dropout on the attention map; softmax and External Attention have one, the others refuse a
+            value above 0.
         proj_drop: dropout behind `proj`.
         norm_layer: called as norm_layer(width, device=, dtype=).
 
@@ -62,6 +63,7 @@ class Mixer(nn.Module):
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
+    attn_drop: nn.Dropout
 
     def __init__(
         self,
@@ -90,8 +92,8 @@ class Mixer(nn.Module):
             )
         if attn_drop > 0 and not self.attention_map:
             raise ValueError(
-                f"{self.name}: attn_drop must be 0 because only Softmax drops from an attention map, "
-                f"got {attn_drop}; use proj_drop"
+                f"{self.name}: attn_drop must be 0 because only softmax and External Attention drop from an "
+                f"attention map, got {attn_drop}; use proj_drop"
             )
         if qk_norm and self.no_qk_norm:
             raise ValueError(

@@ -4,16 +4,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..ops.external import external, external_map
 from ._contract import Grid, Mixer
 
-__all__ = ["HeadsMixer", "state_dtype"]
+__all__ = ["HeadsMixer", "recalled", "state_dtype"]
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:
     """Streaming sums are kept in float32 or better."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def recalled(
+    x: Tensor, memory_k: Tensor, memory_v: Tensor, mask: Tensor | None, eps: float, drop: nn.Dropout
+) -> Tensor:
+    """External attention with dropout on its map, which is written out for that alone."""
+    if drop.training and drop.p > 0:
+        attention = drop(external_map(x, memory_k, mask=mask, eps=eps))
+        return (attention @ memory_v.to(attention.dtype)).to(x.dtype)
+    return external(x, memory_k, memory_v, mask=mask, eps=eps)
 
 
 class HeadsMixer(Mixer):

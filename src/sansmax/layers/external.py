@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.external import external, flops
+from ..ops.external import flops
 from ._contract import Grid, Mixer, Traits
+from ._parts import recalled
 
 __all__ = ["ExternalAttention"]
 
@@ -24,6 +25,8 @@ class ExternalAttention(Mixer):
         eps: added to the l1 norm; 1e-9 as published, 0 for the form without it.
         query_proj: the linear layer `query` in front; its bias is qkv_bias (the published one has it).
         out_proj: the linear layer `proj` behind (the published one has no bias: proj_bias=False).
+        memory_bias: a bias `memory_v_bias` (C,) behind M_v, as in the token layers of EAMLP.
+        attn_drop: dropout on the map of tokens and memory rows.
         block: the whole published module around it: BatchNorm behind `proj`, the input added, ReLU. In
             training the batch statistics then couple the sequences of a batch.
 
@@ -43,6 +46,7 @@ class ExternalAttention(Mixer):
         streaming=False,
         exp_free=False,
     )
+    attention_map = True
     head_norms = ()
     no_causal = "the softmax runs over all tokens"
     no_cross = "its keys and values are learned memories"
@@ -61,6 +65,7 @@ class ExternalAttention(Mixer):
         eps: float = 1e-9,
         query_proj: bool = True,
         out_proj: bool = True,
+        memory_bias: bool = False,
         block: bool = False,
         **words,
     ) -> None:
@@ -76,6 +81,7 @@ class ExternalAttention(Mixer):
         else:
             self.memory_k = nn.Parameter(torch.empty(memory, dim, **self.factory))
             self.memory_v = nn.Parameter(torch.empty(memory, dim, **self.factory))
+        self.memory_v_bias = nn.Parameter(torch.empty(dim, **self.factory)) if memory_bias else None
         self.tie = tie
         self.bn = nn.BatchNorm1d(dim, **self.factory) if block else None
         self.reset_parameters()
@@ -90,13 +96,16 @@ class ExternalAttention(Mixer):
         nn.init.normal_(memory_k, std=math.sqrt(2 / self.dim))
         with torch.no_grad():
             memory_v.copy_(memory_k)
+        if self.memory_v_bias is not None:
+            nn.init.zeros_(self.memory_v_bias)
 
     def mix(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool, grid: Grid | None
     ) -> Tensor:
         memory_k, memory_v = self.memories
         query = self.query(x) if self.query_proj else x
-        return external(query.to(memory_k.dtype), memory_k, memory_v, mask=mask, eps=self.eps).to(query.dtype)
+        y = recalled(query.to(memory_k.dtype), memory_k, memory_v, mask, self.eps, self.attn_drop)
+        return (y if self.memory_v_bias is None else y + self.memory_v_bias).to(query.dtype)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         y = super().output(y, x)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.external import external, flops
+from ..ops.external import flops
 from ._contract import Grid, Mixer, Traits
+from ._parts import recalled
 
 __all__ = ["ExternalAttentionMultihead"]
 
@@ -16,8 +17,9 @@ class ExternalAttentionMultihead(Mixer):
         coef: how much wider and how many times as many heads; 4 as published.
         memory: S, rows of `memory_k` and `memory_v` (S, C / num_heads) of all heads; None for 256 // coef.
         eps: added to the l1 norm.
-        dead_bias: keeps `memory_k_bias` (S,) of published checkpoints, a buffer: a constant per memory row
-            cancels in the softmax over tokens, so it is never used.
+        attn_drop: dropout on the map of tokens and memory rows.
+        dead_bias: keeps `memory_k_bias` (S,) of published checkpoints, without a gradient: a constant per
+            memory row cancels in the softmax over tokens, so it is never used.
 
     Tokens meet in the softmax over them alone, so pool them (class_token=False). Other options: see Mixer;
     qkv_bias is the bias of `query` (always on in the published one). Published names
@@ -37,6 +39,7 @@ class ExternalAttentionMultihead(Mixer):
         streaming=False,
         exp_free=False,
     )
+    attention_map = True
     head_norms = ()
     no_causal = "the softmax runs over all tokens"
     no_cross = "its keys and values are learned memories"
@@ -69,7 +72,8 @@ class ExternalAttentionMultihead(Mixer):
         self.memory_k = nn.Parameter(torch.empty(memory, self.head_dim, **self.factory))
         self.memory_v = nn.Parameter(torch.empty(memory, self.head_dim, **self.factory))
         self.memory_v_bias = nn.Parameter(torch.empty(self.head_dim, **self.factory))
-        self.register_buffer("memory_k_bias", torch.zeros(memory, **self.factory) if dead_bias else None)
+        bias = nn.Parameter(torch.zeros(memory, **self.factory), requires_grad=False) if dead_bias else None
+        self.memory_k_bias = bias
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,7 +87,7 @@ class ExternalAttentionMultihead(Mixer):
         query = self.query(x)
         heads = query.to(self.memory_k.dtype).unflatten(-1, (self.num_heads, -1))  # (B, N, H, D)
         y = (
-            external(heads.transpose(1, 2), self.memory_k, self.memory_v, mask=mask, eps=self.eps)
+            recalled(heads.transpose(1, 2), self.memory_k, self.memory_v, mask, self.eps, self.attn_drop)
             + self.memory_v_bias
         )
         return y.transpose(1, 2).flatten(2).to(query.dtype)

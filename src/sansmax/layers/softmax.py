@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.softmax import flops, softmax
 from ._contract import Grid, Traits
@@ -40,8 +40,6 @@ class Softmax(HeadsMixer):
         exp_free=False,
     )
     attention_map = True
-
-    attn_drop: nn.Dropout
 
     def forward(
         self,

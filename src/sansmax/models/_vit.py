@@ -1,20 +1,42 @@
 """timm's VisionTransformer with any mechanism."""
 
+from collections.abc import Collection
 from typing import Any
 
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_checkpoint, register_model
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 
 from .. import layers
 from ..layers import Mixer
+from ..layers._contract import Grid
 
-__all__ = ["TRUNK_MODULES", "ViT", "create_vit", "vit_mini"]
+__all__ = ["TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
 
 # timm's files with entrypoints of the VisionTransformer class, and this one.
 TRUNK_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", __name__.rpartition(".")[2])
+
+
+class GridBlock(Block):
+    """timm's Block, which also tells its mechanism the patch grid of this very image."""
+
+    attn: Any
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, grid=grid)
+        x = x + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ViT(VisionTransformer):
@@ -23,14 +45,22 @@ class ViT(VisionTransformer):
     Args:
         mechanism: a file name of sansmax.layers.
         mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
-        **words: see timm.models.vision_transformer.VisionTransformer.
+        **words: see timm.models.vision_transformer.VisionTransformer. With dynamic_img_size=True images may
+            have any size: position embedding and the layers' tables are resampled for the image alone.
+            dynamic_img_pad=True fills sides that are no multiple of the patch with zeros.
     """
+
+    blocks: Any
+    patch_embed: Any
 
     def __init__(
         self, *, mechanism: str = "softmax", mechanism_args: dict[str, Any] | None = None, **words: Any
     ) -> None:
         layer = layers.mechanism(mechanism)
-        super().__init__(attn_layer=_bound(layer, mechanism_args or {}), **words)
+        _check_patch_drop(type(self).__name__, mechanism, words)
+        super().__init__(
+            **{"attn_layer": _bound(layer, mechanism_args or {}), "block_fn": GridBlock, **words}
+        )
         self.settle()
 
     def settle(self) -> None:
@@ -51,14 +81,81 @@ class ViT(VisionTransformer):
         self.tell_mixers()
 
     def tell_mixers(self) -> None:
-        """Tells every layer the patch grid and the number of tokens in front of it."""
-        for layer in self.mixers().values():
-            layer.set_input(self.patch_embed.grid_size, self.num_prefix_tokens)
+        """Tells the blocks' layers the patch grid and the number of tokens in front of it."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Mixer):
+                layer.set_input(self.patch_embed.grid_size, self.num_prefix_tokens)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that should not decay: timm's and the layers' position tables."""
         own = {f"{name}.{p}" for name, layer in self.mixers().items() for p in layer.no_weight_decay()}
         return super().no_weight_decay() | own
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, in_chans, height, width) -> (B, prefix + rows * columns, C), normalised."""
+        return self.norm(self._run_blocks(x, attn_mask, is_causal)[0])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """The tokens behind the blocks `indices`; see timm's VisionTransformer.forward_intermediates."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(
+                f"forward_intermediates: output_fmt must be NCHW or NLC, got {output_fmt!r}; use NCHW"
+            )
+        wanted, deepest = feature_take_indices(len(self.blocks), indices)
+        last = deepest + 1 if stop_early else len(self.blocks)
+        x, taken, grid = self._run_blocks(x, attn_mask, is_causal, wanted, last)
+        taken = [self.norm(y) if norm else y for y in taken]
+        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
+        taken = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == "NCHW":
+            taken = [y.mT.unflatten(-1, grid).contiguous() for y in taken]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": taken}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix
+            return result if intermediates_only else {**result, "image_features": self.norm(x)}
+        if with_prefix:
+            taken = list(zip(taken, prefix, strict=True))
+        return taken if intermediates_only else (self.norm(x), taken)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        wanted: Collection[int] = (),
+        last: int | None = None,
+    ) -> tuple[Tensor, list[Tensor], Grid]:
+        """The tokens behind the blocks up to `last`, those behind the blocks `wanted`, and their grid.
+
+        timm's own loop cannot tell a block the grid, which no token count gives.
+        """
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        taken = []
+        for i, block in enumerate(self.blocks[:last]):
+            words: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+            if is_causal:
+                words["is_causal"] = True
+            if isinstance(block, GridBlock):
+                words["grid"] = grid
+            x = checkpoint(block, x, **words) if self.grad_checkpointing else block(x, **words)
+            if i in wanted:
+                taken.append(x)
+        return x, taken, grid
 
 
 def create_vit(
@@ -69,12 +166,7 @@ def create_vit(
     options = dict(mechanism_args or {})
     if pretrained:
         _check_pretrained(mechanism, layer, options)
-    for argument in ("dynamic_img_size", "patch_drop_rate"):
-        if layer.traits.needs and kwargs.get(argument):
-            raise ValueError(
-                f"{trunk}: {argument} must be off because mechanism {mechanism!r} needs a fixed grid "
-                f"of tokens, got {kwargs[argument]}; change the size with model.set_input_size((H, W))"
-            )
+    _check_patch_drop(trunk, mechanism, kwargs)
     if kwargs.get("class_token") is False:
         kwargs.setdefault("global_pool", "avg")
     checkpoint_path = kwargs.pop("checkpoint_path", None)
@@ -89,8 +181,16 @@ def create_vit(
             f"{trunk}: the trunk must be timm's VisionTransformer with an attention that can be replaced, "
             f"got {built.__name__}; use for example vit_tiny_patch16_224"
         )
-    # timm's entrypoints decide which class they build; ViT adds only methods to it.
+    # timm's entrypoints decide which classes they build; ours add only methods to them.
     vit.__class__ = ViT
+    for block in vit.blocks:
+        if type(block) is Block:
+            block.__class__ = GridBlock
+        elif layer.traits.needs and kwargs.get("dynamic_img_size"):
+            raise ValueError(
+                f"{trunk}: dynamic_img_size must be off because mechanism {mechanism!r} needs the grid, "
+                f"which a {type(block).__name__} does not pass on, got True; use model.set_input_size((H, W))"
+            )
     vit.settle()
     if "attn_layer" in getattr(model, "_model_args", {}):
         model._model_args["attn_layer"] = mechanism  # a bound class cannot be pickled
@@ -107,6 +207,14 @@ def _bound(layer: type[Mixer], options: dict[str, Any]) -> type[Mixer]:
             return layer(*args, **{**words, **options})
 
     return Bound
+
+
+def _check_patch_drop(trunk: str, mechanism: str, words: dict[str, Any]) -> None:
+    if layers.mechanism(mechanism).traits.needs and words.get("patch_drop_rate"):
+        raise ValueError(
+            f"{trunk}: patch_drop_rate must be 0 because mechanism {mechanism!r} needs the whole grid of "
+            f"tokens, got {words['patch_drop_rate']}; use drop_path_rate"
+        )
 
 
 def _check_pretrained(mechanism: str, layer: type[Mixer], options: dict[str, Any]) -> None:

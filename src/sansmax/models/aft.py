@@ -11,6 +11,7 @@ from ._vit import ViT
 __all__: list[str] = []
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}
 # Size of the network, kernel, heads of the kernel.
 CONV = (
     ("tiny", 11, 32),
@@ -29,6 +30,7 @@ FULL_NETWORKS = {
         "embed_dim": SIZES[size][0],
         "num_heads": SIZES[size][1],
         "depth": 12,
+        **ANY_SIZE,
     }
     for size in ("tiny", "small")
 }
@@ -40,6 +42,7 @@ CONV_NETWORKS = {
         "embed_dim": SIZES[size][0],
         "num_heads": SIZES[size][1],
         "depth": 12,
+        **ANY_SIZE,
         "class_token": False,
         "pos_embed": "none",
         "global_pool": "avg",

@@ -53,6 +53,8 @@ register(
             "num_heads": heads,
             "depth": 12,
             "init_values": 1.0,
+            "dynamic_img_size": True,
+            "dynamic_img_pad": True,
         }
         for size, (width, heads) in {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}.items()
     },
