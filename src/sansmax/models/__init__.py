@@ -2,13 +2,14 @@
 
 from .._find import load, names
 from ._create import create_model
+from ._fpn import FPNBackbone
 from ._published import load_published
 from ._register import networks
 from ._t2t import T2T
 from ._vit import ViT
 from ._xcit import XCiT
 
-__all__ = ["T2T", "ViT", "XCiT", "create_model", "load_published", "networks"]
+__all__ = ["T2T", "FPNBackbone", "ViT", "XCiT", "create_model", "load_published", "networks"]
 
 for _name in names(__name__):
     load(__name__, _name)

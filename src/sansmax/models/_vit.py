@@ -15,10 +15,24 @@ from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
 
-__all__ = ["TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
+__all__ = ["DEIT", "TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
 
 # timm's files with entrypoints of the VisionTransformer class, and this one.
 TRUNK_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", __name__.rpartition(".")[2])
+
+
+# The three sizes of DeiT with patches of 16, for images of any size.
+DEIT: dict[str, dict[str, Any]] = {
+    size: {
+        "patch_size": 16,
+        "embed_dim": width,
+        "num_heads": width // 64,
+        "depth": 12,
+        "dynamic_img_size": True,
+        "dynamic_img_pad": True,
+    }
+    for size, width in (("tiny", 192), ("small", 384), ("base", 768))
+}
 
 
 class GridBlock(Block):

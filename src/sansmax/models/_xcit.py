@@ -169,6 +169,27 @@ class XCiT(Xcit):
         for mixer in self.mixers().values():
             mixer.reset_parameters()
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> Any:
+        """timm's; with return_prefix_tokens every map comes with the class token (B, 1, C).
+
+        The class token enters behind the blocks, so it is the parameter itself.
+        """
+        got: Any = super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        final, maps = (None, got) if intermediates_only else got
+        token: Any = self.cls_token
+        if return_prefix_tokens and token is not None:
+            maps = [(y, token.expand(len(y), -1, -1)) for y in maps]
+        return maps if intermediates_only else (final, maps)
+
     def mixers(self) -> dict[str, Mixer]:
         """The mechanism's layers by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Mixer)}

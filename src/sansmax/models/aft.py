@@ -5,13 +5,12 @@ the class token and the position embedding; AFT-conv has neither and averages it
 classifier. No code and no weights were published.
 """
 
+from ._four_scales import FourScalesViT
 from ._register import register
-from ._vit import ViT
+from ._vit import DEIT, ViT
 
 __all__: list[str] = []
 
-SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}
 # Size of the network, kernel, heads of the kernel.
 CONV = (
     ("tiny", 11, 32),
@@ -24,25 +23,17 @@ CONV = (
 
 FULL_NETWORKS = {
     f"aft_full_{size}_p16": {
+        **DEIT[size],
         "mechanism": "aft_full",
         "mechanism_args": {"factor_dim": 128},
-        "patch_size": 16,
-        "embed_dim": SIZES[size][0],
-        "num_heads": SIZES[size][1],
-        "depth": 12,
-        **ANY_SIZE,
     }
     for size in ("tiny", "small")
 }
 CONV_NETWORKS = {
     f"aft_conv_{size}_p16_k{kernel}_h{heads}": {
+        **DEIT[size],
         "mechanism": "aft_conv",
         "mechanism_args": {"kernel_size": kernel, "num_heads": heads},
-        "patch_size": 16,
-        "embed_dim": SIZES[size][0],
-        "num_heads": SIZES[size][1],
-        "depth": 12,
-        **ANY_SIZE,
         "class_token": False,
         "pos_embed": "none",
         "global_pool": "avg",
@@ -55,6 +46,7 @@ register(
     ViT,
     FULL_NETWORKS | CONV_NETWORKS,
     source="AFT, section 5.3 and Tables 7 and 8.",
+    pyramid=FourScalesViT,
     first_conv="patch_embed.proj",
     crop_pct=0.9,
 )

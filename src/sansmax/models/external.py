@@ -7,6 +7,7 @@ Guo et al., "Beyond Self-attention: External Attention using Two Linear Layers f
 
 from typing import Any
 
+from ._four_scales import FourScalesT2T
 from ._register import register
 from ._t2t import T2T
 
@@ -48,5 +49,6 @@ register(
         "t2t_ea_14": _words(14, mechanism="softmax", qkv_bias=False, **PERFORMER),
     },
     source="Published code of External Attention, EAMLP.",
+    pyramid=FourScalesT2T,
     crop_pct=0.9,
 )

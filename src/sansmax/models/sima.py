@@ -5,8 +5,9 @@ Koohpayegani and Pirsiavash, "SimA: Simple Softmax-free Attention for Vision Tra
 form. No weights were published.
 """
 
+from ._four_scales import FourScalesViT, FourScalesXCiT
 from ._register import register
-from ._vit import ViT
+from ._vit import DEIT, ViT
 from ._xcit import XCiT
 
 __all__: list[str] = []
@@ -39,6 +40,7 @@ register(
         for patch_size in (16, 8)
     },
     source="Published code of SimA, sima.py.",
+    pyramid=FourScalesXCiT,
     first_conv="patch_embed.proj.0.0",
 )
 
@@ -46,21 +48,13 @@ register(
     __name__,
     ViT,
     {
-        f"sima_deit_{size}_p16": {
-            "mechanism": "sima",
-            "patch_size": 16,
-            "embed_dim": width,
-            "num_heads": heads,
-            "depth": 12,
-            "init_values": 1.0,
-            "dynamic_img_size": True,
-            "dynamic_img_pad": True,
-        }
-        for size, (width, heads) in {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}.items()
+        f"sima_deit_{size}_p16": {**words, "mechanism": "sima", "init_values": 1.0}
+        for size, words in DEIT.items()
     },
     # Where LayerScale starts, and whether positions are learned, is not known: 1 as in 12 blocks of
     # SimA-XCiT, and learned as in DeiT.
     source="DeiT with SimA; its block, with LayerScale, is the author's in issue 3 of the published code.",
+    pyramid=FourScalesViT,
     first_conv="patch_embed.proj",
     crop_pct=0.9,
 )

@@ -121,6 +121,7 @@ register(
         for size, depths in DEPTHS.items()
     },
     source="Published code of SOFT.",
+    out_indices=4,
     first_conv="stages.0.embed.0",
     crop_pct=0.9,
 )

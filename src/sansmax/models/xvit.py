@@ -16,6 +16,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ..layers import Mixer, XNorm
+from ._four_scales import FourScales
 from ._register import register
 from ._xcit import MixerXCBlock, XCiT
 
@@ -187,6 +188,10 @@ class XViT(XCiT):
         self.cls_attn_blocks.apply(self._init_weights)
 
 
+class FourScalesXViT(FourScales, XViT):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """XViT with features of four scales."""
+
+
 # Width, width of the attention, heads, blocks (ViBid, Table 1).
 SIZES = {
     "u": (192, 96, 4, 12),
@@ -213,5 +218,6 @@ register(
         for size, (width, attn_dim, heads, depth) in SIZES.items()
     },
     source="ViBid, Table 1; X-ViT's own table was not readable.",
+    pyramid=FourScalesXViT,
     first_conv="patch_embed.proj.0.0",
 )
