@@ -1,12 +1,14 @@
-"""The networks of External Attention: EAMLP, and T2T-ViT with External Attention in its token layers.
+"""The networks of External Attention: EAMLP, T2T-ViT with External Attention in its token layers, and EANet.
 
 Guo et al., "Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks", TPAMI 2022
-(arXiv 2105.02358); published code, EAMLP/models. `eamlp_*` has multi-head External Attention in every block
-(the names of the published code are T2t_vit_7 and so on), `t2t_ea_14` T2T-ViT-14's softmax blocks.
+(arXiv 2105.02358); published code MenghaoGuo/EANet. `eamlp_*` has multi-head External Attention in every
+block (the names of the published code are T2t_vit_7 and so on), `t2t_ea_14` T2T-ViT-14's softmax blocks;
+`eanet_*` labels every pixel.
 """
 
 from typing import Any
 
+from ._eanet import EANet
 from ._four_scales import FourScalesT2T
 from ._register import register
 from ._t2t import T2T
@@ -51,4 +53,18 @@ register(
     source="Published code of External Attention, EAMLP.",
     pyramid=FourScalesT2T,
     crop_pct=0.9,
+)
+
+register(
+    __name__,
+    EANet,
+    {
+        f"eanet_resnet{layers}": {"depths": depths}
+        for layers, depths in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)))
+    },
+    source="Published code of EANet, model_torch.py and settings.py.",
+    num_classes=21,
+    input_size=(3, 513, 513),
+    first_conv="backbone.conv1.0",
+    classifier="fc",
 )
