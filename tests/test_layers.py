@@ -364,35 +364,35 @@ def test_sima_token_scale_undoes_the_token_count():
 @pytest.mark.parametrize("name", ["aft_full", "aft_local"])
 def test_position_biases_follow_the_grid(name, factor_dim):
     layer = make(name, factor_dim=factor_dim)
-    tables = [layer.get_parameter(key).detach().clone() for key in layer.tables]
+    tables = [layer.get_parameter(key).detach().clone() for key in layer.position_tables]
     x, large = tokens(2, TOKENS, DIM), tokens(2, 1 + 4 * 7, DIM, seed=7)
     want = layer(large, grid=(4, 7))  # resampled on the way
     resized = copy.deepcopy(layer)
     resized.set_input((4, 7), 1)
     torch.testing.assert_close(resized(large), want)
-    assert all(resized.get_parameter(key).requires_grad for key in layer.tables)
+    assert all(resized.get_parameter(key).requires_grad for key in layer.position_tables)
     assert resized.max_tokens == 29
-    for key, table in zip(layer.tables, tables, strict=True):
+    for key, table in zip(layer.position_tables, tables, strict=True):
         new = resized.get_parameter(key)
         columns = slice(0, 1) if factor_dim is None else slice(None)
         assert torch.equal(new[:1, columns], table[:1, columns])  # the class token keeps its row
         layer.get_parameter(key).data.fill_(0.3)
     down = torch.arange(3.0, dtype=torch.float64)[:, None].expand(GRID).flatten()  # the row of each patch
     ramp = copy.deepcopy(layer)
-    ramp.get_parameter(layer.tables[0]).data[1:] = down[:, None]
+    ramp.get_parameter(layer.position_tables[0]).data[1:] = down[:, None]
     ramp.set_input((4, 7), 1)
-    patches = ramp.get_parameter(layer.tables[0])[1:, 0].unflatten(0, (4, 7))
+    patches = ramp.get_parameter(layer.position_tables[0])[1:, 0].unflatten(0, (4, 7))
     torch.testing.assert_close(patches, patches[:, :1].expand(4, 7))
     assert (patches.diff(dim=0) > 0.5).all()
     layer.set_input((9, 2), 1)
-    for key in layer.tables:  # a constant stays constant
+    for key in layer.position_tables:  # a constant stays constant
         torch.testing.assert_close(layer.get_parameter(key), torch.full_like(layer.get_parameter(key), 0.3))
     with pytest.raises(ValueError, match=r"16 tokens cannot be laid out: the grid is \(9, 2\)"):
         layer(x)
     layer.set_input((9, 2), 0)
     assert layer.max_tokens == 18
     layer.set_input((9, 2), 3)
-    assert (layer.get_parameter(layer.tables[0])[:3] == 0).all()
+    assert (layer.get_parameter(layer.position_tables[0])[:3] == 0).all()
 
     layer = make(name, told=False, factor_dim=factor_dim, max_tokens=13)
     long = tokens(2, 14, DIM)

@@ -1,5 +1,6 @@
 """What the AFT layers share: channel projections, and position biases that follow the patch grid."""
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class PositionBiasMixer(AFTMixer):
                 f"{factor_dim}; factor_dim=None is a table without factors"
             )
         self.factor_dim = factor_dim
-        for key in self.tables:
+        for key in self.position_tables:
             width = max_tokens if factor_dim is None else factor_dim
             self.register_parameter(key, nn.Parameter(torch.empty(max_tokens, width, **self.factory)))
         if grid is not None:
@@ -88,25 +89,25 @@ class PositionBiasMixer(AFTMixer):
         self.reset_parameters()
 
     @property
-    def tables(self) -> tuple[str, ...]:
+    def position_tables(self) -> tuple[str, ...]:
         """Names of the parameters that hold w."""
         return ("bias",) if self.factor_dim is None else ("bias_u", "bias_v")
 
     @property
     def max_tokens(self) -> int:
         """The longest sequence that the table serves."""
-        return self.get_parameter(self.tables[0]).shape[0]
+        return self.get_parameter(self.position_tables[0]).shape[0]
 
     def reset_parameters(self) -> None:
-        for key in self.tables:
+        for key in self.position_tables:
             nn.init.normal_(self.get_parameter(key), std=0.01)
 
     def no_weight_decay(self) -> set[str]:
-        return set(self.tables)
+        return set(self.position_tables)
 
     def position_bias(self, tokens: int, grid: Grid | None) -> Tensor | tuple[Tensor, Tensor]:
         """w for a sequence of `tokens` tokens, in the form that the operators take."""
-        tables = [self.get_parameter(key) for key in self.tables]
+        tables = [self.get_parameter(key) for key in self.position_tables]
         if self.grid is not None or grid is not None:
             rows, columns, prefix = self.layout(tokens, grid)
             if self.grid is not None:
@@ -121,11 +122,11 @@ class PositionBiasMixer(AFTMixer):
 
     def learned_bias(self) -> Tensor | tuple[Tensor, Tensor]:
         """w for the longest sequence."""
-        tables = [self.get_parameter(key) for key in self.tables]
+        tables = [self.get_parameter(key) for key in self.position_tables]
         return tables[0] if self.factor_dim is None else (tables[0], tables[1])
 
     def resample(self, grid: Grid, num_prefix_tokens: int) -> None:
-        for key in self.tables:
+        for key in self.position_tables:
             old = self.get_parameter(key)
             new = self._resampled(old.detach(), grid, num_prefix_tokens)
             self.register_parameter(key, nn.Parameter(new, requires_grad=old.requires_grad))
@@ -133,17 +134,21 @@ class PositionBiasMixer(AFTMixer):
     def _resampled(self, table: Tensor, grid: Grid, prefix: int) -> Tensor:
         if (self.grid, self.num_prefix_tokens) == (grid, prefix):
             return table
-        table = self._resampled_rows(table, grid, prefix)
-        return self._resampled_rows(table.mT, grid, prefix).mT if self.factor_dim is None else table
+        return self.resampled(table, self.grid, grid, prefix)
 
-    def _resampled_rows(self, table: Tensor, grid: Grid, prefix: int) -> Tensor:
-        """(T, R) -> (prefix + rows * columns, R). A table that has no grid yet is one line of tokens."""
-        known = min(prefix, table.shape[0] - 1) if self.grid is None else self.num_prefix_tokens or 0
+    def resampled(self, table: Tensor, old: Grid | None, grid: Grid, prefix: int) -> Tensor:
+        """A table of the grid `old` (None: one line of tokens) for another; both have the layer's prefix."""
+        table = self._resampled_rows(table, old, grid, prefix)
+        return self._resampled_rows(table.mT, old, grid, prefix).mT if self.factor_dim is None else table
+
+    def _resampled_rows(self, table: Tensor, old: Grid | None, grid: Grid, prefix: int) -> Tensor:
+        """(T, R) -> (prefix + rows * columns, R)."""
+        known = min(prefix, len(table) - 1) if old is None else len(table) - math.prod(old)
         kept = min(known, prefix)
         head = F.pad(table[:kept], (0, 0, 0, prefix - kept))  # a prefix token without a row gets bias 0
         body = table[known:].mT.to(torch.promote_types(table.dtype, torch.float32))  # (R, patches)
-        if self.grid is not None:
-            body = body.unflatten(1, self.grid)[None]
+        if old is not None:
+            body = body.unflatten(1, old)[None]
             body = F.interpolate(body, grid, mode="bicubic")[0].flatten(1)
         elif body.shape[1] != grid[0] * grid[1]:
             body = F.interpolate(body[None], grid[0] * grid[1], mode="linear")[0]

@@ -10,6 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..layers import Mixer
+from ._layouts import layer_state
+
 __all__ = ["load_published", "read_state"]
 
 # What wraps a state dict in the authors' files. A network names what goes before these
@@ -22,7 +25,8 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
     """Loads published weights into `model`, in place and strictly, and returns it.
 
     Args:
-        model: a network of sansmax.models. Its class may rename keys (`published_state`).
+        model: a network of sansmax.models, whose class may rename keys (`published_state`), or one layer of
+            sansmax.layers, with the names of the published modules and of their best-known ports.
         checkpoint: a file (.pth, .pt, .bin, .safetensors) or a state dict, bare or inside "model",
             "state_dict" or "net" (for SOFT "state_dict_ema", the weights that its authors evaluated), with
             the published key names or with our own. A prefix "module." is dropped. Files are read with
@@ -35,8 +39,9 @@ def load_published(model: nn.Module, checkpoint: str | Path | Mapping[str, Any])
     """
     name = type(model).__name__ if isinstance(checkpoint, Mapping) else str(checkpoint)
     state = read_state(checkpoint, getattr(model, "published_wrappers", ()))
-    rename = getattr(model, "published_state", None)
-    if rename is not None:
+    if isinstance(model, Mixer):
+        state = layer_state(model, state)
+    elif (rename := getattr(model, "published_state", None)) is not None:
         state = rename(state)
     own = model.state_dict()
     _check_fits(own, state, name)

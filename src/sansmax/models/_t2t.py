@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.layers.format import Format, nchw_to
 from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.weight_init import trunc_normal_
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
 from ..layers.external import ExternalAttention
+from . import _layouts
 from ._vit import ViT
 
 __all__ = ["T2T", "TokenLayer", "TokensToToken", "sinusoid_positions"]
@@ -239,13 +239,16 @@ class T2T(ViT):
         is kept where the network has a place for it (mechanism_args={"dead_bias": True}, as eamlp_* have).
         """
         if not any(key.startswith("tokens_to_token.") for key in state):
-            return state
+            return super().published_state(state)
         renamed = {}
         for key, value in state.items():
             token_layer = key.startswith("tokens_to_token.attention")
-            for theirs, ours in PUBLISHED_TOKENS if token_layer else PUBLISHED_BLOCKS:
-                key = key.replace(theirs, ours)
-            if token_layer:
+            if not token_layer:
+                key = _layouts.renamed(
+                    key, (("tokens_to_token.project.", "patch_embed.proj."), *_layouts.EXTERNAL_MULTIHEAD)
+                )
+            else:
+                key = key.replace("attn.q_linear.", "query.")
                 number, _, rest = key.removeprefix("tokens_to_token.attention").partition(".")
                 key = f"patch_embed.token_layers.{int(number) - 1}.{rest}"
                 first = 1 if "tokens_to_token.attention1.attn.linear_2.weight" in state else 0
@@ -256,23 +259,4 @@ class T2T(ViT):
         for key in [key for key in renamed if key.endswith("attn.memory_k_bias")]:
             if key not in dict(self.named_parameters()):
                 del renamed[key]
-        table = renamed.get("pos_embed")
-        if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
-            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            side = math.isqrt(table.shape[1] - prefix)
-            if side * side == table.shape[1] - prefix and table.shape[2] == self.embed_dim:
-                renamed["pos_embed"] = resample_abs_pos_embed(
-                    table, list(self.patch_embed.grid_size), num_prefix_tokens=prefix
-                )
-        return renamed
-
-
-PUBLISHED_TOKENS = (("attn.q_linear.", "query."),)
-PUBLISHED_BLOCKS = (
-    ("tokens_to_token.project.", "patch_embed.proj."),
-    ("attn.trans_dims.", "attn.query."),
-    ("attn.linear_0.weight", "attn.memory_k"),
-    ("attn.linear_0.bias", "attn.memory_k_bias"),
-    ("attn.linear_1.weight", "attn.memory_v"),
-    ("attn.linear_1.bias", "attn.memory_v_bias"),
-)
+        return super().published_state(renamed)

@@ -1,10 +1,13 @@
 """timm's VisionTransformer with any mechanism."""
 
+import math
+import re
 from collections.abc import Collection
 from typing import Any
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_checkpoint, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..layers import Mixer
+from ..layers._aft import PositionBiasMixer
 from ..layers._contract import Grid
 
 __all__ = ["DEIT", "TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
@@ -105,6 +109,28 @@ class ViT(VisionTransformer):
         own = {f"{name}.{p}" for name, layer in self.mixers().items() for p in layer.no_weight_decay()}
         return super().no_weight_decay() | own
 
+    def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """LayerScale's keys of SimA-DeiT and DeiT in timm's, and tables of positions resampled.
+
+        A checkpoint of another image size fits where its grid is square, or has as many patches.
+        """
+        state = {re.sub(r"^(blocks\.\d+)\.gamma_?([12])$", r"\1.ls\2.gamma", k): v for k, v in state.items()}
+        grid, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
+        table = state.get("pos_embed")
+        if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
+            own = 0 if self.no_embed_class else prefix
+            if (old := _square(table.shape[1] - own)) and table.shape[2] == self.embed_dim:
+                state["pos_embed"] = resample_abs_pos_embed(table, list(grid), list(old), own)
+        for name, layer in self.blocks.named_modules():
+            if isinstance(layer, PositionBiasMixer):
+                for key in (f"blocks.{name}.{table}" for table in layer.position_tables):
+                    found = state.get(key)
+                    if found is None or len(found) == layer.max_tokens:
+                        continue
+                    if old := _square(len(found) - prefix):
+                        state[key] = layer.resampled(found, old, grid, prefix)
+        return state
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, in_chans, height, width) -> (B, prefix + rows * columns, C), normalised."""
         return self.norm(self._run_blocks(x, attn_mask, is_causal)[0])
@@ -170,6 +196,11 @@ class ViT(VisionTransformer):
             if i in wanted:
                 taken.append(x)
         return x, taken, grid
+
+
+def _square(patches: int) -> Grid | None:
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side and side * side == patches else None
 
 
 def create_vit(
