@@ -334,13 +334,12 @@ def test_dropouts():
     x = torch.randn(2, 3, 48, 64)
     model = small("softmax", attn_drop_rate=0.5).train()
     assert not torch.equal(model(x), model(x))
-    # One key and one value per token: what is left of them is scaled by 2 or dropped.
-    attention = small("softmax", attn_drop_rate=0.5).stages[0].blocks[0].attn
-    attention.conv_proj.eval()
-    tokens, want = torch.randn(1, 1, 12), attention.eval()(torch.zeros(1, 1, 12), (1, 1))
-    want = attention(tokens, (1, 1)) - attention.mixer.proj.bias
+    # A single token has a single key, whose weight of 1 is dropped or doubled.
+    attention = small("softmax", attn_drop_rate=0.5).stages[0].blocks[0].attn.eval()
+    tokens, bias = torch.randn(1, 1, 12), attention.mixer.proj.bias
+    want = attention(tokens, (1, 1)) - bias
     attention.mixer.train()
-    found = [(attention(tokens, (1, 1)) - attention.mixer.proj.bias) / want for _ in range(20)]
+    found = [(attention(tokens, (1, 1)) - bias) / want for _ in range(20)]
     assert {round(ratio.mean().item(), 3) for ratio in found} == {0, 2}
     with pytest.raises(ValueError, match="SimA: attn_drop must be 0"):
         small(attn_drop_rate=0.1)
@@ -352,6 +351,20 @@ def test_dropouts():
     block = model.stages[1].blocks[0]
     assert (block.attn.mixer.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.2, 0.2, 0.2)
     assert model.head_drop.p == 0.3
+
+
+def test_start():
+    """Truncated normal of deviation 0.02 in linear layers and the class token, as published."""
+    torch.manual_seed(0)
+    model = CvT(mechanism="aft_full", embed_dims=(64, 256), depths=(1, 1), num_heads=1, mlp_ratio=3)
+    block = model.stages[1].blocks[0]
+    for weight in (model.cls_token, block.mlp.fc1.weight, block.attn.mixer.qkv.weight, model.head.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert block.mlp.fc1.weight.shape == (768, 256)
+    assert not any(layer.bias.any() for layer in (block.mlp.fc1, block.attn.mixer.qkv, model.head))
+    # The table of another length that it was drawn for would be smoother.
+    assert block.attn.mixer.bias_u.shape == (785, 128)
+    assert block.attn.mixer.bias_u.std().item() == pytest.approx(0.01, rel=0.02)
 
 
 def test_heads():
