@@ -5,8 +5,8 @@ Koohpayegani and Pirsiavash, "SimA: Simple Softmax-free Attention for Vision Tra
 form. No weights were published.
 
 Of SimA-CvT nothing was published but that SimA takes the place of softmax. The reading here is an inference:
-CvT as it is, with q divided by its l1 norm over its M tokens, k over its N (CvT's keys are fewer), and v left
-alone; M and N count the class token of the last stage.
+CvT and its parameters as they are, with q divided by its l1 norm over its M tokens, k by its own over its N
+(CvT's keys are fewer), and v left alone; M and N count the class token of the last stage.
 """
 
 from ._cvt import CvT
