@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 import sansmax
 from sansmax import cli, layers, models
@@ -118,7 +119,7 @@ def small_soft(name, **words):
     return timm.create_model(name, **{**own, "num_classes": 5, "img_size": (64, 96), **words})
 
 
-@pytest.mark.parametrize("name", timm.list_models(module="soft"))
+@pytest.mark.parametrize("name", [name for name in models.networks() if name.startswith("soft")])
 def test_timms_interface_of_the_pyramid(name):
     model = small_soft(name, drop_path_rate=0.1).eval()
     x = torch.randn(2, 3, 64, 96)
@@ -142,7 +143,11 @@ def test_timms_interface_of_the_pyramid(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.no_weight_decay() == {"cls_token"}
     assert set(model.group_matcher()) == {"stem", "blocks"}
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in groups}) > 3
     model.eval()
+    (early,) = model.forward_intermediates(x, [0], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(early, model.forward_intermediates(x, [0], stop_early=True)[1][0])
     for size in ((64, 96), (33, 70), (224, 32)):
         assert model(torch.randn(1, 3, *size)).shape == (1, 5)
     model.reset_classifier(7, "avg")

@@ -2,14 +2,28 @@
 
 from .._find import load, names
 from ._create import create_model
+from ._cvt import CvT
+from ._eanet import EANet
 from ._fpn import FPNBackbone
 from ._published import load_published
+from ._pyramid import Pyramid
 from ._register import networks
 from ._t2t import T2T
 from ._vit import ViT
 from ._xcit import XCiT
 
-__all__ = ["T2T", "FPNBackbone", "ViT", "XCiT", "create_model", "load_published", "networks"]
+__all__ = [
+    "T2T",
+    "CvT",
+    "EANet",
+    "FPNBackbone",
+    "Pyramid",
+    "ViT",
+    "XCiT",
+    "create_model",
+    "load_published",
+    "networks",
+]
 
 for _name in names(__name__):
     load(__name__, _name)

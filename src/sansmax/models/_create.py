@@ -15,6 +15,17 @@ from ._xcit import create_xcit
 __all__ = ["create_model"]
 
 
+# The small network of every trunk.
+FAMILIES = {
+    "vit": "vit_small_patch16_224",
+    "deit": "deit_small_patch16_224",
+    "xcit": "xcit_small_12_p16_224",
+    "cvt": "sima_cvt_13",
+    "pyramid": "soft_tiny",
+    "t2t": "eamlp_14",
+}
+
+
 def create_model(
     trunk: str,
     mechanism: str | None = None,
@@ -28,9 +39,10 @@ def create_model(
     Args:
         trunk: a name of timm whose class is VisionTransformer ("vit_tiny_patch16_224",
             "deit_small_patch16_224") or Xcit ("xcit_small_12_p16_224"), a network of sansmax.models
-            ("sima_tiny_12_p16"), or "vit_mini".
-        mechanism: a file name of sansmax.layers ("xnorm"). None is the trunk's own; "softmax" in an XCiT
-            trunk is its cross-covariance attention.
+            ("sima_tiny_12_p16"), "vit_mini", or a family, which is its small network: "vit", "deit", "xcit",
+            "cvt", "pyramid", "t2t".
+        mechanism: a file name of sansmax.layers ("xnorm"). None is the trunk's own, softmax for a family;
+            "softmax" in an XCiT trunk is its cross-covariance attention.
         mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
         pretrained: timm's weights; only where the mechanism has softmax's parameters (sima, aft_simple,
             xnorm with gamma=False) in a VisionTransformer, or without another mechanism.
@@ -38,13 +50,15 @@ def create_model(
             drop_path_rate, features_only, ...). class_token=False pools unless global_pool says otherwise.
 
     Returns:
-        A ViT or XCiT with timm's interface, or timm's wrapper around it with features_only=True.
+        A network with timm's interface, or timm's wrapper around it with features_only=True.
 
     Raises:
         ValueError: an unknown name (with the nearest), or an argument that the mechanism cannot follow.
     """
     if mechanism is not None:
         mechanism = pick("layers", mechanism, names(layers.__name__))
+    if trunk in FAMILIES:
+        trunk, mechanism = FAMILIES[trunk], mechanism or "softmax"
     name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
     published = networks()
     xcits = timm.list_models(module="xcit")
@@ -57,6 +71,6 @@ def create_model(
     if name in xcits:
         return create_xcit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
     if name not in vits:
-        known = [*published, *xcits, *vits]
+        known = [*FAMILIES, *published, *xcits, *vits]
         pick("trunks, of which these are near", name, difflib.get_close_matches(name, known, n=5, cutoff=0))
     return create_vit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)

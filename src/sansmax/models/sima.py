@@ -1,10 +1,15 @@
-"""SimA's networks: the XCiT trunk with SimA for both attentions (published code sima.py), and the DeiT trunk.
+"""SimA's networks: the XCiT trunk with SimA for both attentions (published code sima.py), DeiT's and CvT's.
 
 Koohpayegani and Pirsiavash, "SimA: Simple Softmax-free Attention for Vision Transformers", WACV 2024 (arXiv
 2206.08898). Parameters are XCiT's less one temperature per head. `num_heads=1` is the paper's single-head
 form. No weights were published.
+
+Of SimA-CvT nothing was published but that SimA takes the place of softmax. The reading here is an inference:
+CvT and its parameters as they are, with q divided by its l1 norm over its M tokens, k by its own over its N
+(CvT's keys are fewer), and v left alone; M and N count the class token of the last stage.
 """
 
+from ._cvt import CvT
 from ._four_scales import FourScalesViT, FourScalesXCiT
 from ._register import register
 from ._vit import DEIT, ViT
@@ -57,4 +62,21 @@ register(
     pyramid=FourScalesViT,
     first_conv="patch_embed.proj",
     crop_pct=0.9,
+)
+
+register(
+    __name__,
+    CvT,
+    {
+        f"sima_cvt_{blocks}": {
+            "mechanism": "sima",
+            "embed_dims": (64, 192, 384),
+            "depths": depths,
+            "num_heads": (1, 3, 6),
+        }
+        for blocks, depths in {13: (1, 2, 10), 21: (1, 4, 16)}.items()
+    },
+    source="CvT's published code with SimA for softmax, an inference: see the module.",
+    first_conv="stages.0.embed.proj",
+    crop_pct=0.875,
 )
