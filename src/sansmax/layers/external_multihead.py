@@ -44,7 +44,7 @@ class ExternalAttentionMultihead(Mixer):
     no_causal = "the softmax runs over all tokens"
     no_cross = "its keys and values are learned memories"
     no_qk_norm = "its keys are a learned memory"
-    unused = ("query.bias",)  # the same for all tokens, so it cancels in the softmax over them
+    unused = ("query.bias", "memory_k_bias")  # the same for all tokens: they cancel in the softmax over them
 
     query: nn.Linear
 
