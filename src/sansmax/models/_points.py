@@ -56,6 +56,12 @@ def farthest_points(
     Returns:
         Indices (B, count).
     """
+    # One node for torch.compile, which takes minutes over the steps; an exported program stands alone.
+    sample = _farthest_points if torch.compiler.is_exporting() else _farthest_points_node
+    return sample(xyz.detach(), count, mask, skip_origin)
+
+
+def _farthest_points(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: bool) -> Tensor:
     planes = _planes(xyz)
     start = (
         torch.zeros(len(xyz), dtype=torch.long, device=xyz.device) if mask is None else mask.long().argmax(1)
@@ -72,6 +78,14 @@ def farthest_points(
         best, index = distance.max(1)
         chosen.append(index.where(best >= 0, start))
     return torch.stack(chosen, 1)
+
+
+_farthest_points_node = torch.library.custom_op("sansmax::farthest_points", _farthest_points, mutates_args=())
+
+
+@_farthest_points_node.register_fake
+def _(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: bool) -> Tensor:
+    return xyz.new_empty((len(xyz), count), dtype=torch.long)
 
 
 @torch.no_grad()
@@ -343,11 +357,11 @@ class PointTrunk(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers by depth, for layer-wise learning rates."""
         if coarse:
-            return {"stem": r"^(embed|stages|proj|pos_embed)", "blocks": r"^blocks\.(\d+)"}
+            return {"stem": r"^(?:embed|stages|proj|pos_embed)", "blocks": r"^blocks\.(\d+)"}
         return {
             "stem": r"^embed",
             "stages": r"^stages\.(\d+)",
-            "proj": r"^(proj|pos_embed)",
+            "proj": r"^(?:proj|pos_embed)",
             "blocks": r"^blocks\.(\d+)",
             "fuse": r"^fuse",
         }

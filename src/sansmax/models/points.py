@@ -245,8 +245,7 @@ class PCTPartSeg(PointNetwork):
         own, others = first.fc.weight.tensor_split([x.shape[-1]], 1)
         y = F.linear(x, own) + F.linear(torch.cat(shared, -1), others, first.fc.bias)[:, None]
         y = second(self.head_drop(first.output(y, mask)), mask)
-        y = y if pre_logits else self.head(y)
-        return (y if mask is None else y.masked_fill(~mask[..., None], 0)).mT
+        return (y if pre_logits else self.head(y)).mT
 
     def forward(self, points: Tensor, label: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits of every point, classes second, as F.cross_entropy takes them.
@@ -260,8 +259,9 @@ class PCTPartSeg(PointNetwork):
         Returns:
             (B, num_classes, N).
         """
-        points, mask = self.received(points, mask)
-        return self.forward_head(self.forward_features(points, mask), label, mask=mask)
+        points, kept = self.received(points, mask)
+        y = self.forward_head(self.forward_features(points, kept), label, mask=kept)
+        return y if mask is None else y.masked_fill(~mask[:, None], 0)
 
 
 # No images: timm would make in_chans of an input_size.
