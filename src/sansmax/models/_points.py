@@ -41,8 +41,8 @@ def farthest_points(
 ) -> Tensor:
     """Farthest point sampling: the first point, then again and again the one farthest from all chosen ones.
 
-    Where two are equally far, the first in order is taken; when the distinct points are used up, the first
-    point is repeated. O(count N) time and O(N) memory, in float32 or better.
+    Where several are equally far, the first in order is taken: the first point again, once all distinct ones
+    are. O(count N) time and O(N) memory, in float32 or better.
 
     Args:
         xyz: (B, N, 3).
@@ -56,7 +56,8 @@ def farthest_points(
     Returns:
         Indices (B, count).
     """
-    # One node for torch.compile, which takes minutes over the steps; an exported program stands alone.
+    # One node for torch.compile: 11 s for pct_ea_cls, 730 s with the 766 steps in its graph (2 busy CPU cores).
+    # An exported program has the steps, and stands alone.
     sample = _farthest_points if torch.compiler.is_exporting() else _farthest_points_node
     return sample(xyz.detach(), count, mask, skip_origin)
 
