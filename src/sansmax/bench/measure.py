@@ -222,8 +222,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def count_flops(model: nn.Module, x: Tensor) -> int:
-    """FLOPs of model(x), x (1, C, height, width): two for each multiply-add.
+def count_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """FLOPs of model(*inputs) in evaluation, a batch of one: two for each multiply-add.
 
     Mechanisms tell their own count, which includes what is no matrix product; everything else is counted by
     torch.utils.flop_counter as it runs.
@@ -244,7 +244,7 @@ def count_flops(model: nn.Module, x: Tensor) -> int:
     ]
     training = model.training
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
+        model.eval()(*inputs)
     model.train(training)
     for hook in hooks:
         hook.remove()

@@ -14,6 +14,7 @@ from .measure import count_flops
 __all__ = ["main", "row"]
 
 SIZES = (224, 384)
+POINTS = 1024
 NOT_FOUND = "not found"
 # Top-1 on ImageNet at 224 px that the authors give.
 PAPER = {
@@ -36,6 +37,9 @@ PAPER = {
     "vibid_medium_p16": "82.8",
     "vibid_base_p16": "83.3",
     "eamlp_7": "71.7 at 384 px",
+    "eanet_resnet101": "mIoU 45.33 on ADE20K, 81.7 on Cityscapes",
+    "pct_cls": "93.3 on ModelNet40",
+    "pct_partseg": "mIoU 86.4 on ShapeNet part",
     "eamlp_14": "78.9",
     "eamlp_19": "79.4",
     "t2t_ea_14": "81.7",
@@ -54,40 +58,56 @@ WEIGHTS = {
     "xvit": "none published",
     "aft": "none published",
     "external": "none reachable",
+    "points": "none reachable",
 }
 TEXT = """# The published networks
 
 `import sansmax.models` registers them in timm: `timm.create_model("soft_tiny", num_classes=10)`.
 Every one has timm's interface and takes `mechanism=` with any of sansmax's mechanisms (X-ViT and ViBid: any
 but softmax). Multiply-adds (10^9, one image) count convolutions, matrix products and the mechanisms;
-"exp-free" means that no layer computes an exponential to mix tokens. Top-1 is the authors' on ImageNet at 224
-px, where a source was found; no network was trained on ImageNet here.
+"exp-free" means that no layer computes an exponential to mix tokens. Results are the authors', top-1 on
+ImageNet at 224 px unless it says otherwise, where a source was found; no network was trained on ImageNet
+here. Networks of one stride are registered with features of four strides too, `sima_small_12_p16_pyramid`
+and so on, and `vit_{tiny,small,base}_p16_pyramid` for softmax.
 
 Written by `uv run python -m sansmax.bench.networks > docs/networks.md`.
 
-| network | parameters | GMACs 224 px | GMACs 384 px | mechanism | exp-free | paper's top-1 % | weights |
+| network | parameters | GMACs 224 px | GMACs 384 px | mechanism | exp-free | paper's result | weights |
 |---|---|---|---|---|---|---|---|
+"""
+CLOUDS = f"""
+Point clouds, (batch, points, 3):
+
+| network | parameters | GMACs {POINTS:,} points | mechanism | exp-free | paper's result | weights |
+|---|---|---|---|---|---|---|
 """
 
 
 def row(name: str) -> str:
-    """The network's line of the table."""
-    with torch.device("meta"):
-        built = [timm.create_model(name, img_size=size) for size in SIZES]
-        costs = [
-            count_flops(network, torch.empty(1, 3, size, size)) / 2e9
-            for network, size in zip(built, SIZES, strict=True)
-        ]
-    mixers = [module for module in built[0].modules() if isinstance(module, layers.Mixer)]
-    names = {layer: name for name, layer in layers.mechanisms().items()}
-    mechanisms = Counter(names[type(mixer)] for mixer in mixers)
+    """The network's line of its table."""
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    with torch.device("meta"):
+        if family == "points":
+            network = timm.create_model(name)
+            inputs = [torch.empty(1, POINTS, 3)]
+            inputs += [torch.zeros(1, dtype=torch.long)] if "partseg" in name else []
+            costs = [count_flops(network, *inputs) / 2e9]
+        else:
+            built = [timm.create_model(name, img_size=size) for size in SIZES]
+            network = built[0]
+            costs = [
+                count_flops(model, torch.empty(1, 3, size, size)) / 2e9
+                for model, size in zip(built, SIZES, strict=True)
+            ]
+    names = {layer: key for key, layer in layers.mechanisms().items()}
+    mixers = [module for module in network.modules() if isinstance(module, layers.Mixer)]
+    mechanisms = Counter(names[type(mixer)] for mixer in mixers)
     cells = [
         f"`{name}`",
-        f"{sum(p.numel() for p in built[0].parameters()):,}",
+        f"{sum(p.numel() for p in network.parameters()):,}",
         *(f"{cost:.2f}" for cost in costs),
-        " + ".join(mechanism for mechanism, _ in mechanisms.most_common()),
-        "yes" if all(mixer.traits.exp_free for mixer in mixers) else "no",
+        " + ".join(mechanism for mechanism, _ in mechanisms.most_common()) or "its own softmax",
+        "yes" if mixers and all(mixer.traits.exp_free for mixer in mixers) else "no",
         PAPER.get(name, NOT_FOUND),
         WEIGHTS[family],
     ]
@@ -96,7 +116,10 @@ def row(name: str) -> str:
 
 def main() -> None:
     """Prints the page."""
-    print(TEXT + "\n".join(row(name) for name in models.networks()))
+    rows = {name: row(name) for name in models.networks()}
+    clouds = [line for name, line in rows.items() if name.startswith("pct")]
+    print(TEXT + "\n".join(line for line in rows.values() if line not in clouds))
+    print(CLOUDS + "\n".join(clouds))
 
 
 if __name__ == "__main__":

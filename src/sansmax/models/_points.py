@@ -18,6 +18,7 @@ from .. import layers
 from ..layers import Mixer
 from ..ops import _check
 from ..ops._backend import no_autocast
+from ._sampling import farthest_points, nearest_points, taken
 
 __all__ = [
     "LinearNormAct",
@@ -25,115 +26,10 @@ __all__ = [
     "OffsetBlock",
     "PointTrunk",
     "SampleAndGroup",
-    "farthest_points",
-    "nearest_points",
     "pooled",
 ]
 
 EPS = 1e-9
-# Squared distances that nearest_points has in memory at a time.
-CHUNK = 2**22
-
-
-@torch.no_grad()
-def farthest_points(
-    xyz: Tensor, count: int, mask: Tensor | None = None, *, skip_origin: bool = False
-) -> Tensor:
-    """Farthest point sampling: the first point, then again and again the one farthest from all chosen ones.
-
-    Where several are equally far, the first in order is taken: the first point again, once all distinct ones
-    are. O(count N) time and O(N) memory, in float32 or better.
-
-    Args:
-        xyz: (B, N, 3).
-        count: how many; may be more than N.
-        mask: (B, N) bool, True = keep, with at least one True: masked points are never taken, and the first
-            kept point is the start.
-        skip_origin: never takes a point with |p|^2 <= 1e-3, the start apart, as the CUDA kernel of
-            PointNet++, for which zeros are padding, and which PCT's authors use. It ignores real points near
-            the origin, and all of a small enough cloud.
-
-    Returns:
-        Indices (B, count).
-    """
-    # One node for torch.compile: pct_ea_cls in 11 s, and in 730 s with all steps (2 busy CPU cores).
-    # An exported program has the steps, and stands alone.
-    sample = _farthest_points if torch.compiler.is_exporting() else _farthest_points_node
-    return sample(xyz.detach(), count, mask, skip_origin)
-
-
-def _farthest_points(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: bool) -> Tensor:
-    planes = _planes(xyz)
-    start = (
-        torch.zeros(len(xyz), dtype=torch.long, device=xyz.device) if mask is None else mask.long().argmax(1)
-    )
-    distance = torch.full_like(planes[:, 0], math.inf)
-    if mask is not None:
-        distance = distance.masked_fill(~mask, -1)
-    if skip_origin:
-        distance = distance.masked_fill(planes.square().sum(1) <= 1e-3, -1)
-    chosen = [start]
-    for _ in range(count - 1):
-        last = planes.take_along_dim(chosen[-1][:, None, None], 2)  # (B, 3, 1)
-        distance = distance.minimum((planes - last).square().sum(1))
-        best, index = distance.max(1)
-        chosen.append(index.where(best >= 0, start))
-    return torch.stack(chosen, 1)
-
-
-_farthest_points_node = torch.library.custom_op("sansmax::farthest_points", _farthest_points, mutates_args=())
-
-
-@_farthest_points_node.register_fake
-def _(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: bool) -> Tensor:
-    return xyz.new_empty((len(xyz), count), dtype=torch.long)
-
-
-@torch.no_grad()
-def nearest_points(queries: Tensor, xyz: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
-    """The `count` points nearest to every query, in no order.
-
-    Where two are equally far, the first in order is taken; where there are fewer than `count`, the nearest is
-    repeated. Distances are sums of squared differences in float32 or better, CHUNK of them at a time.
-
-    Args:
-        queries: (B, S, 3).
-        xyz: (B, N, 3).
-        mask: (B, N) bool, True = keep, with at least one True: masked points are near to nothing.
-
-    Returns:
-        Indices (B, S, count).
-    """
-    planes = _planes(xyz)
-    step = max(1, CHUNK // (xyz.shape[0] * max(xyz.shape[1], count)))
-    return torch.cat([_nearest(part, planes, count, mask) for part in _planes(queries).split(step, 2)], 1)
-
-
-def _nearest(queries: Tensor, planes: Tensor, count: int, mask: Tensor | None) -> Tensor:
-    """queries (B, 3, S), planes (B, 3, N) -> indices (B, S, count)."""
-    x, y, z = ((queries[:, i, :, None] - planes[:, i, None]).square() for i in range(3))
-    distance = x + y + z
-    if mask is not None:
-        distance = distance.masked_fill(~mask[:, None], math.inf)
-    distance = F.pad(distance, (0, max(0, count - distance.shape[2])), value=math.inf)
-    last = distance.topk(count, largest=False).values[..., -1:]
-    # topk leaves open which of several equal ones it takes, so it is asked again with unequal numbers.
-    points = distance.shape[2]
-    order = torch.arange(points, dtype=torch.int32, device=distance.device)
-    index = (((distance < last).int() + (distance <= last)) * points - order).topk(count).indices
-    missing = distance.gather(2, index).isinf()
-    return distance.argmin(2, keepdim=True).where(missing, index)
-
-
-def _planes(xyz: Tensor) -> Tensor:
-    """(B, N, 3) -> (B, 3, N), contiguous, in float32 or better."""
-    return xyz.mT.to(torch.promote_types(xyz.dtype, torch.float32)).contiguous()
-
-
-def _taken(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, N, C), index (B, ...) -> (B, ..., C)."""
-    batch = torch.arange(len(x), device=x.device)
-    return x[batch.view(-1, *(1,) * (index.ndim - 1)), index]
 
 
 class LinearNormAct(nn.Module):
@@ -189,13 +85,13 @@ class SampleAndGroup(nn.Module):
 
     def forward(self, xyz: Tensor, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         sampled = farthest_points(xyz, self.num_samples, mask, skip_origin=self.skip_origin)
-        centres = _taken(xyz, sampled)
+        centres = taken(xyz, sampled)
         index = nearest_points(centres, xyz, self.num_neighbors, mask)
         first: Any
         first, second = self.layers
         # W [x_j - x_i, x_i] = W_1 x_j + (W_2 - W_1) x_i: a product for every point, not for every neighbour.
         near, centre = first.fc.weight.chunk(2, 1)
-        y = _taken(F.linear(x, near), index) + F.linear(_taken(x, sampled), centre - near)[:, :, None]
+        y = taken(F.linear(x, near), index) + F.linear(taken(x, sampled), centre - near)[:, :, None]
         return centres, second(first.output(y)).amax(2)
 
 
