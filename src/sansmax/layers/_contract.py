@@ -54,7 +54,7 @@ class Mixer(nn.Module):
     attention_map: ClassVar[bool] = False
     head_norms: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
     # Parameters that cancel in the output and are there for published weights.
-    unused: ClassVar[tuple[str, ...]] = ()
+    unused: tuple[str, ...] = ()
     # Why the layer cannot honour an argument; "" where it can.
     no_causal: str = ""
     no_cross: str = ""

@@ -44,7 +44,7 @@ class ExternalAttentionMultihead(Mixer):
     no_causal = "the softmax runs over all tokens"
     no_cross = "its keys and values are learned memories"
     no_qk_norm = "its keys are a learned memory"
-    unused = ("query.bias", "memory_k_bias")  # the same for all tokens: they cancel in the softmax over them
+    unused = ("query.bias",)  # the same for all tokens, so it cancels in the softmax over them
 
     query: nn.Linear
 
@@ -74,6 +74,8 @@ class ExternalAttentionMultihead(Mixer):
         self.memory_v_bias = nn.Parameter(torch.empty(self.head_dim, **self.factory))
         bias = nn.Parameter(torch.zeros(memory, **self.factory), requires_grad=False) if dead_bias else None
         self.memory_k_bias = bias
+        if dead_bias:
+            self.unused = (*self.unused, "memory_k_bias")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
