@@ -9,7 +9,13 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_checkpoint
-from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit, checkpoint_filter_fn
+from timm.models.xcit import (
+    ClassAttentionBlock,
+    PositionalEncodingFourier,
+    XCABlock,
+    Xcit,
+    checkpoint_filter_fn,
+)
 from torch import Tensor, nn
 
 from .. import layers
@@ -105,6 +111,30 @@ class MixerXCBlock(XCABlock):
         return self.get_parameter(f"gamma{branch}") * y
 
 
+class DoubleFourierPositions(PositionalEncodingFourier):
+    """timm's Fourier positions with a table in float64, where the published one is always float32."""
+
+    hidden_dim: int
+    scale: float
+    temperature: float
+    eps: float
+    token_projection: nn.Conv2d
+
+    def forward(self, B: int, H: int, W: int) -> Tensor:
+        weight = self.token_projection.weight
+        double: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
+        channel = torch.arange(self.hidden_dim, **double)
+        rates = self.temperature ** (2 * (channel // 2) / self.hidden_dim)
+        rows, columns = (
+            torch.arange(1, size + 1, **double)[:, None] / (size + self.eps) * self.scale / rates
+            for size in (H, W)
+        )
+        waves = (torch.stack([a[:, 0::2].sin(), a[:, 1::2].cos()], 2).flatten(1) for a in (rows, columns))
+        y, x = waves
+        table = torch.cat([y[:, None].expand(H, W, -1), x[None].expand(H, W, -1)], -1).permute(2, 0, 1)
+        return self.token_projection(table[None].to(weight.dtype)).repeat(B, 1, 1, 1)
+
+
 class XCiT(Xcit):
     """timm's XCiT with a mechanism in place of cross-covariance attention, at any image size.
 
@@ -116,14 +146,28 @@ class XCiT(Xcit):
         mechanism: a file name of sansmax.layers; "softmax" is XCiT's own cross-covariance attention. "sima"
             also has its own class attention, as published; with the others it is XCiT's, with softmax.
         mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
+        pos_dtype: of the table of Fourier positions: float32, as published whatever the network's, or
+            float64, with which logits differ by some 1e-9.
         **words: see timm.models.xcit.Xcit. attn_drop_rate drops from the map of the class attention, and
             from the blocks' where they have one.
     """
 
     def __init__(
-        self, *, mechanism: str = "softmax", mechanism_args: dict[str, Any] | None = None, **words: Any
+        self,
+        *,
+        mechanism: str = "softmax",
+        mechanism_args: dict[str, Any] | None = None,
+        pos_dtype: torch.dtype = torch.float32,
+        **words: Any,
     ) -> None:
         super().__init__(**words)
+        if pos_dtype == torch.float64 and isinstance(self.pos_embed, PositionalEncodingFourier):
+            self.pos_embed.__class__ = DoubleFourierPositions
+        elif pos_dtype != torch.float32:
+            raise ValueError(
+                f"{type(self).__name__}: pos_dtype must be torch.float32 or, with Fourier positions, "
+                f"torch.float64, got {pos_dtype}; leave it out"
+            )
         self.set_mechanism(mechanism, mechanism_args)
 
     def set_mechanism(self, mechanism: str, mechanism_args: dict[str, Any] | None = None) -> None:
