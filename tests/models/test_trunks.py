@@ -43,6 +43,37 @@ def test_any_trunk_with_any_mechanism(trunk, mechanism):
     assert {k for k in idle if "blocks.1.attn" not in k or "xcit" in trunk} <= unused
 
 
+@pytest.mark.parametrize("mechanism", layers.mechanisms())
+@pytest.mark.parametrize("trunk", ["vit", "deit", "xcit", "cvt", "pyramid", "t2t"])
+def test_families(trunk, mechanism):
+    """The bare names of the trunks are their small networks."""
+    with torch.device("meta"):
+        model = sansmax.create_model(trunk, mechanism, img_size=64, num_classes=3)
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 3)
+    kinds = {type(layer) for layer in model.mixers().values()}
+    assert layers.mechanism(mechanism) in kinds or (trunk, mechanism) == ("xcit", "softmax")
+
+
+def test_families_are_softmax_unless_told():
+    with torch.device("meta"):
+        for trunk in ("vit", "deit", "cvt", "pyramid"):
+            kinds = {type(layer) for layer in sansmax.create_model(trunk).mixers().values()}
+            assert kinds == {layers.Softmax}
+    with pytest.raises(ValueError, match=r"unknown name 'pyramide' .* did you mean 'pyramid'\?"):
+        sansmax.create_model("pyramide")
+
+
+def test_softmax_in_deit_is_timms_own_network():
+    words = {"img_size": 48, "num_classes": 7, "depth": 2, "embed_dim": 48}
+    for name in ("deit_tiny_patch16_224", "vit_tiny_patch16_224"):
+        ours = sansmax.create_model(name, **words).eval()
+        theirs = timm.create_model(name, **words).eval()
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(2, 3, 48, 48)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1])
+
+
 def test_softmax_in_the_xcit_trunk_is_timms_own_network():
     words = {"img_size": 48, "num_classes": 7, "depth": 2}
     ours = sansmax.create_model("xcit_tiny_12_p16_224", **words).eval()
