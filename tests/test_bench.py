@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sansmax.bench import measure, ops, sweep
+from sansmax.bench import models as bench_models
 
 
 class Clock:
@@ -235,3 +236,23 @@ def test_operator_figures_are_saved_with_their_origin(tmp_path, capsys):
     assert set(saved) >= {"commit", "command", "started", "seconds", "settings", "sansmax"}
     assert "aft_simple" in capsys.readouterr().out
     assert [path.name for path in Path(tmp_path).iterdir()] == ["ops.json"]
+
+
+def test_networks_are_timed_beside_timms(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "networks.json"
+    words = {"networks": ("sima_nano_12_p16",), "baselines": ("deit_tiny_patch16_224",), "sizes": (32,)}
+    assert bench_models.main(out, **words, seconds=0.0) == 0
+    ours, theirs = json.loads(out.read_text())["rows"]
+    assert ours["network"] == "sima_nano_12_p16"
+    assert ours["error"] < 5e-5
+    assert ours["samples"] == theirs["samples"] >= 5
+    ratio = ours["speedup_deit_tiny_patch16_224"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert theirs["speedup_deit_tiny_patch16_224"]["median"] == 1
+    assert "deit_tiny" in capsys.readouterr().out
+    # No speed is given for a wrong result.
+    monkeypatch.setattr(bench_models, "ERROR", 0.0)
+    assert bench_models.main(out, **words, seconds=0.0) == 1
+    assert not any("median_ms" in row for row in json.loads(out.read_text())["rows"])
+    with pytest.raises(ValueError, match="unknown name 'sima_nano' in networks"):
+        bench_models.main(out, networks=("sima_nano",))

@@ -5,14 +5,11 @@ timed in turn within one run. Before that, outputs and gradients are compared wi
 float64; where `fused` is off by more than its budget, no speed is given.
 """
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,8 @@ from torch import Tensor
 import sansmax
 
 from . import _published as published
-from .measure import commit, interleaved, machine, peak_memory, spread, versions
+from ._record import recorder
+from .measure import interleaved, peak_memory, spread
 
 __all__ = ["CASES", "Case", "compare", "main"]
 
@@ -238,39 +236,28 @@ def main(
     """
     from rich.console import Console
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
-    clock = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    results: dict[str, Any] = {
-        "sansmax": sansmax.__version__,
-        "commit": commit(),
-        "command": ["python", "-m", "sansmax.bench.ops", *sys.argv[1:]],
-        "machine": machine(),
-        "versions": versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {
-            "batch": 1,
-            "heads": HEADS,
-            "dim": DIM,
-            "channels": CHANNELS,
-            "dtype": "float32",
-            "landmarks": LANDMARKS,
-            "memory": MEMORY,
-            "window": WINDOW,
-            "kernel": KERNEL,
-            "device": device,
-        },
-        "rows": rows,
-    }
-    part = out.with_name(out.name + ".part")
+    save = recorder(
+        out,
+        "sansmax.bench.ops",
+        rows,
+        batch=1,
+        heads=HEADS,
+        dim=DIM,
+        channels=CHANNELS,
+        dtype="float32",
+        landmarks=LANDMARKS,
+        memory=MEMORY,
+        window=WINDOW,
+        kernel=KERNEL,
+        device=device,
+    )
     for n in tokens:
         for op in ops:
             console.print(f"{op}, {n} tokens", style="dim")
             rows += compare(op, n, seconds=seconds, device=device)
-            results["seconds"] = round(time.perf_counter() - clock, 1)
-            part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, out)
+            save()
     console.print(_table(rows))
     for row in rows:
         if "note" in row:
