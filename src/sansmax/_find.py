@@ -19,10 +19,17 @@ def load(package: str, name: str) -> ModuleType:
 
 
 def pick(kind: str, name: str, known: Iterable[str]) -> str:
-    """`name` if it is in `known`, dashes read as underscores; else a ValueError with the nearest."""
+    """`name` if it is in `known`, dashes read as underscores; else a ValueError with the nearest.
+
+    Of more than 100 the message lists the five nearest alone.
+    """
     known = list(known)
     if (found := name.replace("-", "_")) in known:
         return found
     near = difflib.get_close_matches(found, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown name {name!r} in {kind}: expected one of {', '.join(known)}{hint}")
+    shown, rest = known, ""
+    if len(known) > 100:
+        shown = difflib.get_close_matches(found, known, n=5, cutoff=0)
+        rest = f" or one of {len(known) - 5} others"
+    raise ValueError(f"unknown name {name!r} in {kind}: expected one of {', '.join(shown)}{rest}{hint}")

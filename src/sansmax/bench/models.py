@@ -52,7 +52,7 @@ def main(
     """
     from rich.console import Console
 
-    known = [*models.networks(), *timm.list_models()]
+    known = dict.fromkeys([*models.networks(), *timm.list_models()])
     networks, baselines = (
         tuple(pick("networks", n, known) for n in names) for names in (networks, baselines)
     )
@@ -84,6 +84,8 @@ def _size(
         for name, network in built.items()
     }
     right = [name for name in names if rows[name]["error"] <= ERROR]
+    if not right:
+        return list(rows.values())
     calls = {name: torch.inference_mode()(lambda network=built[name]: network(x)) for name in right}
     samples = interleaved(calls, seconds=seconds, device=device)
     for name in right:

@@ -1,6 +1,5 @@
 """Any trunk with any mechanism."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -71,6 +70,5 @@ def create_model(
     if name in xcits:
         return create_xcit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
     if name not in vits:
-        known = [*FAMILIES, *published, *xcits, *vits]
-        pick("trunks, of which these are near", name, difflib.get_close_matches(name, known, n=5, cutoff=0))
+        pick("trunks", name, [*FAMILIES, *published, *xcits, *vits])
     return create_vit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
