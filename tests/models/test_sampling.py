@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clouds import cloud, farthest_by_loops, nearest_by_loops
+from clouds import cloud, farthest_by_loops, nearest_by_loops, small
 
 from sansmax.models import _sampling
 from sansmax.models._sampling import farthest_points, nearest_points
