@@ -9,11 +9,12 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_checkpoint
-from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit, checkpoint_filter_fn
+from timm.models.xcit import ClassAttentionBlock, XCABlock, Xcit
 from torch import Tensor, nn
 
 from .. import layers
 from ..layers import Mixer
+from ..layers._contract import Grid
 from ..ops._backend import no_autocast
 
 __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
@@ -121,9 +122,18 @@ class XCiT(Xcit):
     """
 
     def __init__(
-        self, *, mechanism: str = "softmax", mechanism_args: dict[str, Any] | None = None, **words: Any
+        self,
+        *,
+        mechanism: str = "softmax",
+        mechanism_args: dict[str, Any] | None = None,
+        img_size: int | Grid = 224,
+        patch_size: int = 16,
+        **words: Any,
     ) -> None:
-        super().__init__(**words)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        # timm asserts whole patches, which its forward pass does not need.
+        rows, columns = (-(-side // patch_size) * patch_size for side in sides)
+        super().__init__(img_size=(rows, columns), patch_size=patch_size, **words)
         self.set_mechanism(mechanism, mechanism_args)
 
     def set_mechanism(self, mechanism: str, mechanism_args: dict[str, Any] | None = None) -> None:
@@ -200,10 +210,22 @@ class XCiT(Xcit):
         return super().no_weight_decay() | own
 
     def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' keys (XCiT's xcit.py, SimA's sima.py) in timm's names; timm's own pass as they are."""
-        return checkpoint_filter_fn(
-            {key.replace("pos_embeder.", "pos_embed."): value for key, value in state.items()}, self
-        )
+        """The authors' keys (XCiT's xcit.py, SimA's sima.py) in timm's names; timm's own pass as they are.
+
+        timm's class attention has three layers where XCiT's has one. The authors' networks without positions
+        keep their layer.
+        """
+        own, renamed = self.state_dict(), {}
+        for key, value in state.items():
+            key = key.replace("pos_embeder.", "pos_embed.")
+            stem, _, leaf = key.partition(".qkv.")
+            parts = [f"{stem}.{part}.{leaf}" for part in "qkv"]
+            fits = value.ndim > 0 and len(value) % 3 == 0
+            if key not in own and fits and all(part in own for part in parts):
+                renamed |= zip(parts, value.chunk(3), strict=True)
+            elif self.pos_embed is not None or not key.startswith("pos_embed."):
+                renamed[key] = value
+        return renamed
 
 
 def create_xcit(
