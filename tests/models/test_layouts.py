@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 
+import sansmax
 from sansmax import layers
 from sansmax.models import load_published
 
@@ -135,6 +136,111 @@ def test_a_checkpoint_of_another_image_size(name, table):
     torch.testing.assert_close(target(x), source(x))
     square = timm.create_model(name, img_size=64, **words).eval()
     assert torch.equal(load_published(square, source.state_dict())(x), source(x))
+
+
+@pytest.mark.parametrize("name", ["soft_tiny", "xvit_u_p16", "vibid_u_p16_pyramid"])
+def test_our_own_positions_of_another_image_size(name):
+    words = {"embed_dim": 32, "attn_dim": 16, "depth": 1, "num_heads": 4}
+    if name == "soft_tiny":
+        words = {"embed_dims": (32, 32, 64, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    torch.manual_seed(0)
+    source = timm.create_model(name, img_size=64, num_classes=3, **words).eval()
+    target = timm.create_model(name, img_size=(90, 30), num_classes=3, **words).eval()
+    load_published(target, source.state_dict())
+    x = torch.randn(2, 3, 90, 30)
+    torch.testing.assert_close(target(x), source(x))
+    # As many patches as a square has, yet no square.
+    wide = timm.create_model(name, img_size=(64, 256), num_classes=3, **words)
+    twin = timm.create_model(name, img_size=(64, 256), num_classes=3, **words)
+    load_published(twin, wide.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(wide.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="of another shape"):
+        load_published(source, target.state_dict())
+
+
+def test_positions_for_a_network_without_them_are_named():
+    words = {"embed_dim": 32, "attn_dim": 16, "depth": 1, "num_heads": 4, "img_size": 32}
+    source = timm.create_model("xvit_u_p16", **words)
+    target = timm.create_model("xvit_u_p16", positions="none", **words)
+    with pytest.raises(ValueError, match=r"1 unexpected \(pos_embed.table\)"):
+        load_published(target, source.state_dict())
+
+
+def refuses(model, state, key):
+    """No tensor under `key` that does not fit, and no lack of it, is anything but a named mismatch."""
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for t in (None, *map(torch.zeros, ((), 5, (2, 3), (1, 0, 32), (1, 7, 32), (2, 3, 4, 5)))):
+        wrong = {k: v for k, v in state.items() if k != key} | ({} if t is None else {key: t})
+        with pytest.raises(ValueError, match=r"got \d+ (missing|unexpected|of another shape) \("):
+            load_published(model, wrong)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("case", "model", "keys"),
+    [
+        (
+            "soft/soft_tiny_224",
+            "soft_tiny",
+            ("pos_embed2", "block4.0.attn.q.weight", "block4.0.attn.kv.weight"),
+        ),
+        (
+            "external_attention/eanet_r50_s16_65",
+            "eanet_resnet50",
+            ("linu.linear_0.weight", "linu.linear_1.weight"),
+        ),
+        (
+            "external_attention/mea_d64_h4",
+            layers.ExternalAttentionMultihead(64, 4, qkv_bias=True),
+            ("linear_0.weight", "linear_1.weight", "trans_dims.weight"),
+        ),
+    ],
+)
+def test_published_tensors_of_wrong_shapes_are_named(golden, case, model, keys):
+    state = golden(case).state_dict()
+    if isinstance(model, str):
+        model = timm.create_model(model, num_classes=19 if "eanet" in model else 1000)
+    load_published(model, state)
+    for key in keys:
+        refuses(model, state, key)
+
+
+def test_tables_of_wrong_shapes_are_named():
+    words = {"embed_dim": 32, "depth": 1, "num_heads": 4, "img_size": 64}
+    for name in ("aft_full_tiny_p16", "eamlp_7", "xvit_u_p16"):
+        model = timm.create_model(name, **words, **({"attn_dim": 16} if "xvit" in name else {}))
+        for key in model.state_dict():
+            if "pos_embed" in key or "bias_" in key:
+                refuses(model, model.state_dict(), key)
+    layer = layers.AFTFull(DIM, qkv_bias=True, max_tokens=7, factor_dim=None)
+    state = {"wbias": torch.randn(7, 7)}
+    for name in ("to_q", "to_k", "to_v", "project"):
+        linear(state, name, DIM)
+    for key in ("wbias", "to_q.weight", "to_k.bias"):
+        refuses(layer, state, key)
+
+
+def test_published_parts_that_do_not_fit_are_named():
+    cvt = timm.create_model("sima_cvt_13", embed_dims=(8, 8, 8), depths=(1, 1, 1), num_heads=1)
+    parts = {f"stage0.blocks.0.attn.proj_{part}.weight": torch.zeros(2, i) for i, part in enumerate("qkv")}
+    with pytest.raises(ValueError, match=r"3 unexpected \(stages.0.blocks.0.attn.proj_q.weight, "):
+        load_published(cvt, parts)
+    t2t = timm.create_model("eamlp_7", embed_dim=32, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"1 unexpected \(tokens_to_token.attention.weight\)"):
+        load_published(t2t, {"tokens_to_token.attention.weight": torch.zeros(1)})
+
+
+def test_class_attention_of_xcit():
+    model = sansmax.create_model("xcit_nano_12_p16_224", depth=1, embed_dim=32, num_heads=4, num_classes=3)
+    state = model.state_dict()
+    for key in [key for key in state if key.startswith("cls_attn") and ".attn.q." in key]:
+        parts = [state.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    state = {key.replace("pos_embed.", "pos_embeder."): value.clone() for key, value in state.items()}
+    twin = sansmax.create_model("xcit_nano_12_p16_224", depth=1, embed_dim=32, num_heads=4, num_classes=3)
+    load_published(twin, state)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    refuses(twin, state, "cls_attn_blocks.1.attn.qkv.weight")
 
 
 def test_a_table_that_is_no_square_is_named():

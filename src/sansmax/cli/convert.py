@@ -30,18 +30,28 @@ def main(
 
     from .. import models
     from .._find import pick
-    from ..models._published import read_state
+    from ..models._published import fill, own_state
     from ..train.checkpoint import replace_file
 
     name = pick("networks", model, models.networks())
     if out.suffix != ".safetensors":
         raise ValueError(f"out: expected a file that ends in .safetensors, got {out}; rename it")
-    state = read_state(checkpoint)
-    if num_classes is None:
-        num_classes = len(state["head.weight"]) if "head.weight" in state else 1000
     words: dict[str, Any] = {"img_size": img_size} if img_size != (224, 224) else {}
-    network = models.load_published(timm.create_model(name, num_classes=num_classes, **words), checkpoint)
+    if num_classes is not None:
+        words["num_classes"] = num_classes
+    cfg: Any = timm.get_pretrained_cfg(name)
+    if "img_size" in words and cfg.input_size is None:
+        raise ValueError(
+            f"img_size: expected none because {name} takes no images, got {img_size}; leave it out"
+        )
+    network: Any = timm.create_model(name, **words)
+    state = own_state(network, checkpoint)
+    head = state.get(f"{cfg.classifier}.weight")
+    if num_classes is None and head is not None and head.ndim:
+        network.reset_classifier(len(head))
+    fill(network, state, str(checkpoint))
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    replace_file(out, lambda path: safetensors.torch.save_file(tensors, path, metadata={"model": name}))
+    content = safetensors.torch.save(tensors, {"model": name})
+    replace_file(out, lambda path: path.write_bytes(content))
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"{out}: {name}, {len(tensors)} tensors, {parameters:,} parameters, {num_classes} classes")
+    print(f"{out}: {name}, {len(tensors)} tensors, {parameters:,} parameters, {network.num_classes} classes")

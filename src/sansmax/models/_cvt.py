@@ -25,6 +25,7 @@ from ..layers import Mixer
 from ..layers._contract import Grid
 from ..layers._parts import HeadsMixer
 from ..layers.softmax import Softmax
+from ._layouts import join
 from ._pyramid import PreNormBlock
 from ._staged import Staged
 
@@ -266,9 +267,7 @@ class CvT(Staged):
             renamed[key] = value
         for key in [key for key in renamed if ".attn.proj_q." in key]:
             parts = [key.replace(".proj_q.", f".proj_{part}.") for part in "qkv"]
-            if all(part in renamed for part in parts):
-                joined = torch.cat([renamed.pop(part) for part in parts])
-                renamed[key.replace(".proj_q.", ".mixer.qkv.")] = joined
+            join(renamed, parts, key.replace(".proj_q.", ".mixer.qkv."))
         return renamed
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
+from ._layouts import transposed
 
 __all__ = ["DilatedResNet", "EANet"]
 
@@ -270,7 +271,7 @@ class EANet(nn.Module):
         for key, value in state.items():
             if key.startswith("linu.") and value.ndim > 1:
                 value = value.flatten(1)  # their 1x1 convolutions are linear layers here
-            renamed[_renamed(key, KEYS)] = value.mT if key == "linu.linear_1.weight" else value
+            renamed[_renamed(key, KEYS)] = transposed(value) if key == "linu.linear_1.weight" else value
         return _counters(self) | renamed
 
 

@@ -1,5 +1,6 @@
 """State dicts of single layers as others have written them, in the names of sansmax.layers."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..layers import Mixer
+from ..layers._contract import Grid
 
-__all__ = ["EXTERNAL_MULTIHEAD", "layer_state", "renamed"]
+__all__ = ["EXTERNAL_MULTIHEAD", "join", "layer_state", "renamed", "square", "transposed"]
 
 Names = Iterable[tuple[str, str]]
 
@@ -68,15 +70,35 @@ def renamed(key: str, names: Names) -> str:
     return key
 
 
+def join(state: dict[str, Tensor], keys: list[str], name: str) -> None:
+    """Replaces the tensors of `keys` by one, `name`, with the rows of all, where they are there and fit."""
+    parts = [state[key] for key in keys if key in state]
+    kinds = {(t.shape[1:], t.device) if t.ndim else None for t in parts}
+    if len(parts) == len(keys) and len(kinds) == 1 and None not in kinds:
+        for key in keys:
+            del state[key]
+        state[name] = torch.cat(parts)
+
+
+def transposed(t: Tensor) -> Tensor:
+    """A matrix with rows for columns; what is none will be refused by its shape."""
+    return t.mT if t.ndim == 2 else t
+
+
+def square(patches: int) -> Grid | None:
+    """The grid of a square image with so many patches."""
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side and side * side == patches else None
+
+
 def layer_state(layer: Mixer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published layer's state dict in the names and shapes of `layer`; our own passes as it is."""
     kind = type(layer).__name__
     parts = dict(state)
     for trio in THREE:
         for leaf in ("weight", "bias"):
-            keys = [f"{name}.{leaf}" for name in trio]
-            if hasattr(layer, "qkv") and all(key in parts for key in keys):
-                parts[f"qkv.{leaf}"] = torch.cat([parts.pop(key) for key in keys])
+            if hasattr(layer, "qkv"):
+                join(parts, [f"{name}.{leaf}" for name in trio], f"qkv.{leaf}")
     if kind == "XNorm" and "fc_o.weight" in parts:
         warnings.warn(
             "XNorm: the checkpoint has the names of an unofficial UFO-ViT layer, which normalises K^T V over "
@@ -90,10 +112,9 @@ def layer_state(layer: Mixer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in parts.items():
         name = renamed(key, NAMES.get(kind, ()))
         if name != key and name in own:
-            value = (
-                value.flatten(1) if own[name].ndim == 2 else value
-            )  # 1x1 convolutions are linear layers here
-            value = value.mT if name == "memory_v" else value
+            if own[name].ndim == 2 < value.ndim:
+                value = value.flatten(1)  # 1x1 convolutions are linear layers here
+            value = transposed(value) if name == "memory_v" else value
         result[name] = value
     # Masks and biases without an effect that the published layers keep beside their weights.
     for name in ("local_mask", "memory_k_bias"):

@@ -5,6 +5,7 @@ External Attention, EAMLP/models), whose token layers differ from T2T-ViT's: the
 """
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -242,20 +243,19 @@ class T2T(ViT):
             return super().published_state(state)
         renamed = {}
         for key, value in state.items():
-            token_layer = key.startswith("tokens_to_token.attention")
-            if not token_layer:
+            token_layer = re.match(r"tokens_to_token\.attention(\d+)\.", key)
+            if token_layer is None:
                 key = _layouts.renamed(
                     key, (("tokens_to_token.project.", "patch_embed.proj."), *_layouts.EXTERNAL_MULTIHEAD)
                 )
             else:
                 key = key.replace("attn.q_linear.", "query.")
-                number, _, rest = key.removeprefix("tokens_to_token.attention").partition(".")
-                key = f"patch_embed.token_layers.{int(number) - 1}.{rest}"
+                key = f"patch_embed.token_layers.{int(token_layer[1]) - 1}.{key[token_layer.end() :]}"
                 first = 1 if "tokens_to_token.attention1.attn.linear_2.weight" in state else 0
                 for name, ours in ((f"linear_{first}", "memory_k"), (f"linear_{first + 1}", "memory_v")):
                     key = key.replace(f"attn.{name}.weight", f"attn.{ours}")
                     key = key.replace(f"attn.{name}.bias", f"attn.{ours}_bias")
-            renamed[key] = value.mT if key.endswith("attn.memory_v") else value
+            renamed[key] = _layouts.transposed(value) if key.endswith("attn.memory_v") else value
         for key in [key for key in renamed if key.endswith("attn.memory_k_bias")]:
             if key not in dict(self.named_parameters()):
                 del renamed[key]

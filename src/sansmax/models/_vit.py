@@ -1,6 +1,5 @@
 """timm's VisionTransformer with any mechanism."""
 
-import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -18,6 +17,7 @@ from .. import layers
 from ..layers import Mixer
 from ..layers._aft import PositionBiasMixer
 from ..layers._contract import Grid
+from ._layouts import square
 
 __all__ = ["DEIT", "TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
 
@@ -119,15 +119,17 @@ class ViT(VisionTransformer):
         table = state.get("pos_embed")
         if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
             own = 0 if self.no_embed_class else prefix
-            if (old := _square(table.shape[1] - own)) and table.shape[2] == self.embed_dim:
+            fits = table.shape[2:] == self.pos_embed.shape[2:]
+            if fits and (old := square(table.shape[1] - own)):
                 state["pos_embed"] = resample_abs_pos_embed(table, list(grid), list(old), own)
         for name, layer in self.blocks.named_modules():
             if isinstance(layer, PositionBiasMixer):
                 for key in (f"blocks.{name}.{table}" for table in layer.position_tables):
                     found = state.get(key)
-                    if found is None or len(found) == layer.max_tokens:
+                    if found is None or found.ndim != 2 or len(found) == layer.max_tokens:
                         continue
-                    if old := _square(len(found) - prefix):
+                    fits = layer.factor_dim is not None or found.shape[1] == len(found)
+                    if fits and (old := square(len(found) - prefix)):
                         state[key] = layer.resampled(found, old, grid, prefix)
         return state
 
@@ -196,11 +198,6 @@ class ViT(VisionTransformer):
             if i in wanted:
                 taken.append(x)
         return x, taken, grid
-
-
-def _square(patches: int) -> Grid | None:
-    side = math.isqrt(max(patches, 0))
-    return (side, side) if side and side * side == patches else None
 
 
 def create_vit(

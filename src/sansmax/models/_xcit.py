@@ -14,12 +14,12 @@ from timm.models.xcit import (
     PositionalEncodingFourier,
     XCABlock,
     Xcit,
-    checkpoint_filter_fn,
 )
 from torch import Tensor, nn
 
 from .. import layers
 from ..layers import Mixer
+from ..layers._contract import Grid
 from ..ops._backend import no_autocast
 
 __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
@@ -158,9 +158,14 @@ class XCiT(Xcit):
         mechanism: str = "softmax",
         mechanism_args: dict[str, Any] | None = None,
         pos_dtype: torch.dtype = torch.float32,
+        img_size: int | Grid = 224,
+        patch_size: int = 16,
         **words: Any,
     ) -> None:
-        super().__init__(**words)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        # timm asserts whole patches, which its forward pass does not need.
+        rows, columns = (-(-side // patch_size) * patch_size for side in sides)
+        super().__init__(img_size=(rows, columns), patch_size=patch_size, **words)
         if pos_dtype == torch.float64 and isinstance(self.pos_embed, PositionalEncodingFourier):
             self.pos_embed.__class__ = DoubleFourierPositions
         elif pos_dtype != torch.float32:
@@ -244,10 +249,22 @@ class XCiT(Xcit):
         return super().no_weight_decay() | own
 
     def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' keys (XCiT's xcit.py, SimA's sima.py) in timm's names; timm's own pass as they are."""
-        return checkpoint_filter_fn(
-            {key.replace("pos_embeder.", "pos_embed."): value for key, value in state.items()}, self
-        )
+        """The authors' keys (XCiT's xcit.py, SimA's sima.py) in timm's names; timm's own pass as they are.
+
+        timm's class attention has three layers where XCiT's has one. The authors' networks without positions
+        keep their layer.
+        """
+        own, renamed = self.state_dict(), {}
+        for key, value in state.items():
+            key = key.replace("pos_embeder.", "pos_embed.")
+            stem, _, leaf = key.partition(".qkv.")
+            parts = [f"{stem}.{part}.{leaf}" for part in "qkv"]
+            fits = value.ndim > 0 and len(value) % 3 == 0
+            if key not in own and fits and all(part in own for part in parts):
+                renamed |= zip(parts, value.chunk(3), strict=True)
+            elif self.pos_embed is not None or not key.startswith("pos_embed."):
+                renamed[key] = value
+        return renamed
 
 
 def create_xcit(

@@ -6,13 +6,12 @@ the published networks is ordinary softmax attention. `soft_small_24m` has the d
 which fit its 24 M parameters; the code's `soft_small` has 20 blocks in its third stage and 39 M.
 """
 
-import math
 import re
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ._layouts import join, square
 from ._pyramid import Pyramid
 from ._register import register
 
@@ -74,25 +73,27 @@ class SOFTPyramid(Pyramid):
         super().__init__(mechanism=mechanism, mechanism_args=mechanism_args, stage_args=stage_args, **words)
 
     def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' keys in ours, with positions of a square grid resized; our own pass as they are."""
-        if not any(key.startswith("block1.") for key in state):
-            return state
+        """The authors' keys in ours, with positions of a square grid resized; so are those of our own files
+        where they have another number of patches."""
+        published = any(key.startswith("block1.") for key in state)
         renamed = {}
         for key, value in state.items():
-            for pattern, ours in KEYS:
-                key = re.sub(pattern, ours, key)
-            # Their stages count from 1.
-            key = re.sub(r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}", key)
+            if published:
+                for pattern, ours in KEYS:
+                    key = re.sub(pattern, ours, key)
+                # Their stages count from 1.
+                key = re.sub(r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}", key)
             renamed[key] = value
         for key in [key for key in renamed if ".attn.kv." in key]:
-            q = renamed.pop(key.replace(".kv.", ".q."))
-            renamed[key.replace(".kv.", ".qkv.")] = torch.cat([q, renamed.pop(key)])
+            join(renamed, [key.replace(".kv.", ".q."), key], key.replace(".kv.", ".qkv."))
         stages: Any = self.stages
         for i, stage in enumerate(stages):
             table: Any = renamed.get(f"stages.{i}.pos_embed")
-            side = 0 if table is None else math.isqrt(table.shape[1] - stage.prefix)
-            if table is not None and side * side == table.shape[1] - stage.prefix:
-                renamed[f"stages.{i}.pos_embed"] = stage.positions(table, (side, side), stage.grid)
+            if table is None or table.shape[2:] != stage.pos_embed.shape[2:] or not table.is_floating_point():
+                continue
+            old = square(table.shape[1] - stage.prefix)
+            if old and (published or table.shape[1] != stage.pos_embed.shape[1]):
+                renamed[f"stages.{i}.pos_embed"] = stage.positions(table, old, stage.grid)
         return renamed
 
 

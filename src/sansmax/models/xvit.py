@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import Mixer, XNorm
 from ._four_scales import FourScales
+from ._layouts import square
 from ._register import register
 from ._xcit import MixerXCBlock, XCiT
 
@@ -186,6 +187,16 @@ class XViT(XCiT):
             for _ in range(cls_attn_layers)
         )
         self.cls_attn_blocks.apply(self._init_weights)
+
+    def published_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Learned positions resampled where the file's grid is square and of another number of patches."""
+        key, own = "pos_embed.table", self.pos_embed
+        table = state.get(key)
+        if not isinstance(own, LearnedPositions) or table is None or table.shape == own.table.shape:
+            return state
+        if table.shape[2:] == own.table.shape[2:] and (old := square(table.shape[1])):
+            table = resample_abs_pos_embed(table, list(own.grid), list(old), num_prefix_tokens=0)
+        return {**state, key: table}
 
 
 class FourScalesXViT(FourScales, XViT):  # pyright: ignore[reportIncompatibleMethodOverride]

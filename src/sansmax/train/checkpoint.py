@@ -66,7 +66,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def _refused(path: Path, error: OSError) -> OSError:
     return type(error)(
         f"out: expected to be able to write {path}, got {error.strerror!r}; make room, change its rights or "
-        f"name another folder with --out; what was finished is kept"
+        f"name another folder; what was finished is kept"
     )
 
 
