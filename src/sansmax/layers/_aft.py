@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._eager import for_all
 from ._contract import Grid, Mixer
 
 __all__ = ["PAPER", "AFTMixer", "PositionBiasMixer"]
@@ -132,7 +133,7 @@ class PositionBiasMixer(AFTMixer):
             self.register_parameter(key, nn.Parameter(new, requires_grad=old.requires_grad))
 
     def _resampled(self, table: Tensor, grid: Grid, prefix: int) -> Tensor:
-        if (self.grid, self.num_prefix_tokens) == (grid, prefix):
+        if not for_all(*grid) and (self.grid, self.num_prefix_tokens) == (grid, prefix):
             return table
         return self.resampled(table, self.grid, grid, prefix)
 

@@ -220,8 +220,8 @@ class Mixer(nn.Module):
             patches = tokens - prefix
             if patches < 1:
                 continue
-            side = math.isqrt(patches)
-            rows, columns = (side, side) if grid is None else grid
+            # Not asked of a known grid: a symbolic number has no root in a graph.
+            rows, columns = (math.isqrt(patches),) * 2 if grid is None else grid
             if rows * columns == patches:
                 return rows, columns, prefix
         known = "no grid is known" if grid is None else f"the grid is {tuple(grid)}"

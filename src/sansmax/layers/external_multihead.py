@@ -82,6 +82,8 @@ class ExternalAttentionMultihead(Mixer):
         nn.init.trunc_normal_(self.memory_k, std=0.02)
         nn.init.trunc_normal_(self.memory_v, std=0.02)
         nn.init.zeros_(self.memory_v_bias)
+        if self.memory_k_bias is not None:
+            nn.init.zeros_(self.memory_k_bias)
 
     def mix(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool, grid: Grid | None

@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import layers
 from .._find import names, pick
-from ._register import networks
+from ._register import registered
 from ._vit import TRUNK_MODULES, create_vit
 from ._xcit import create_xcit
 
@@ -38,8 +38,8 @@ def create_model(
     Args:
         trunk: a name of timm whose class is VisionTransformer ("vit_tiny_patch16_224",
             "deit_small_patch16_224") or Xcit ("xcit_small_12_p16_224"), a network of sansmax.models
-            ("sima_tiny_12_p16"), "vit_mini", or a family, which is its small network: "vit", "deit", "xcit",
-            "cvt", "pyramid", "t2t".
+            ("sima_tiny_12_p16", "sima_tiny_12_p16_pyramid"), "vit_mini", or a family, which is its small
+            network: "vit", "deit", "xcit", "cvt", "pyramid", "t2t".
         mechanism: a file name of sansmax.layers ("xnorm"). None is the trunk's own, softmax for a family;
             "softmax" in an XCiT trunk is its cross-covariance attention.
         mechanism_args: the layer's own options; they also override what the trunk passes (num_heads).
@@ -59,7 +59,7 @@ def create_model(
     if trunk in FAMILIES:
         trunk, mechanism = FAMILIES[trunk], mechanism or "softmax"
     name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
-    published = networks()
+    published = registered()
     xcits = timm.list_models(module="xcit")
     vits = [n for module in TRUNK_MODULES for n in timm.list_models(module=module)]
     if name in published:

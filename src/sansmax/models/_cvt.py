@@ -200,7 +200,8 @@ class CvT(Staged):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layer = layers.mechanism(mechanism)
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_classes = num_classes
+        self.set_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
         _check_size(rows, columns)

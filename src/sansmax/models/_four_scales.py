@@ -91,11 +91,17 @@ class FourScales(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Leaves out the blocks and necks behind the deepest scale that is asked for."""
+        """Leaves out the blocks and necks behind the deepest scale that is asked for.
+
+        The necks of others are frozen: without a gradient they would stop DistributedDataParallel.
+        """
         wanted, deepest = feature_take_indices(len(self.necks), indices)
         trunk: Any = super()
         trunk.prune_intermediate_layers(sorted({self.taken[i] for i in wanted}), prune_norm, prune_head)
         self.necks = self.necks[: deepest + 1]
+        for i, neck in enumerate(self.necks):
+            if i not in wanted:
+                neck.requires_grad_(False)
         return wanted
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
+from ..ops._eager import for_all
 from ._staged import Staged
 
 __all__ = ["PostNormBlock", "Pyramid"]
@@ -95,7 +96,7 @@ class Stage(nn.Module):
 
     def positions(self, table: Tensor, old: Grid, new: Grid) -> Tensor:
         """A table for the grid `old` resized to `new`; the class token's row stays."""
-        if old == new:
+        if not for_all(*new) and old == new:
             return table
         image = table[:, self.prefix :].mT.unflatten(-1, old)
         image = F.interpolate(image, new, mode="bilinear", align_corners=False)
@@ -122,7 +123,8 @@ class Pyramid(Staged):
         stage_args: further options for one stage each.
         softmax_free: the mechanism in the last stage too, where the paper and its code keep softmax.
         img_size: the size that the tables of positions are made for.
-        embed_dims, depths, num_heads: of the four stages.
+        embed_dims, depths: of the four stages.
+        num_heads: of the stages, or one number for all.
         drop_rate, proj_drop_rate, drop_path_rate: dropout before the head, behind the mechanisms, and the
             largest of the branches' rates, which grow with depth: an ordinary dropout in stages 1 to 3, as
             published.
@@ -141,7 +143,7 @@ class Pyramid(Staged):
         global_pool: str = "token",
         embed_dims: tuple[int, ...] = (64, 128, 320, 512),
         depths: tuple[int, ...] = (1, 2, 3, 2),
-        num_heads: tuple[int, ...] = (2, 4, 10, 16),
+        num_heads: int | tuple[int, ...] = (2, 4, 10, 16),
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -152,10 +154,13 @@ class Pyramid(Staged):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         layer = layers.mechanism(mechanism)
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_classes = num_classes
+        self.set_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if isinstance(num_heads, int):
+            num_heads = (num_heads,) * len(embed_dims)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims[-1], **factory))
         self.stages, channels = nn.ModuleList(), in_chans
         for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .._find import names
 
-__all__ = ["networks", "register"]
+__all__ = ["networks", "register", "registered"]
 
 
 PYRAMID = "_pyramid"
@@ -20,9 +20,13 @@ def networks() -> list[str]:
 
     Those of one stride are registered in a second form too, with features of four: `<name>_pyramid`.
     """
+    return [name for name in registered() if not name.endswith(PYRAMID)]
+
+
+def registered() -> list[str]:
+    """The same in both forms, and the softmax twins of the second."""
     files = [sys.modules[f"{__package__}.{file}"] for file in names(__package__ or "")]
-    found = [name for file in files for name in getattr(file, "default_cfgs", {})]
-    return [name for name in found if not name.endswith(PYRAMID)]
+    return [name for file in files for name in getattr(file, "default_cfgs", {})]
 
 
 def register(

@@ -61,13 +61,21 @@ class Staged(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable  # pyright: ignore[reportArgumentType]
 
+    def set_pool(self, global_pool: str) -> None:
+        if global_pool not in ("token", "avg", ""):
+            raise ValueError(
+                f"{type(self).__name__}: global_pool must be 'token', 'avg' or '' (none), got "
+                f"{global_pool!r}; use 'token'"
+            )
+        self.global_pool = global_pool
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for num_classes (0: none); global_pool "token", "avg" or ""."""
         if global_pool is not None:
-            self.global_pool = global_pool
+            self.set_pool(global_pool)
         self.num_classes = num_classes
         like = self.cls_token
         self.head = (

@@ -155,7 +155,7 @@ class TokensToToken(nn.Module):
 
     def dynamic_feat_size(self, img_size: Grid) -> Grid:
         """Rows and columns of tokens of an image."""
-        return self.grids((int(img_size[0]), int(img_size[1])))[-1]
+        return self.grids((img_size[0], img_size[1]))[-1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -215,8 +215,12 @@ class T2T(ViT):
 
     def settle(self) -> None:
         super().settle()
+        self._draw_memories()
+
+    def _draw_memories(self) -> None:
+        """The published token layers draw them like all linear layers."""
         for mixer in self.patch_embed.modules():
-            if isinstance(mixer, ExternalAttention):  # the published layers are drawn like all linear ones
+            if isinstance(mixer, ExternalAttention):
                 memory_k, memory_v = mixer.memories
                 trunc_normal_(memory_k, std=0.02)
                 with torch.no_grad():
@@ -225,6 +229,7 @@ class T2T(ViT):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's, with the class token drawn at 0.02 and the positions fixed."""
         super().init_weights(mode, needs_reset)
+        self._draw_memories()
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:

@@ -201,7 +201,7 @@ class XCiT(Xcit):
             block.attn = layer(self.embed_dim, **words, **factory)
             block.__class__ = MixerXCBlock
         if mechanism == "sima":
-            for block in class_blocks:
+            for block in class_blocks or ():  # features_only leaves them out
                 own = block.attn
                 block.attn = SimAClassAttention(
                     self.embed_dim,

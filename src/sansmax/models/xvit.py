@@ -15,6 +15,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from .. import layers
 from ..layers import Mixer, XNorm
 from ._four_scales import FourScales
 from ._layouts import square
@@ -128,6 +129,7 @@ class XViT(XCiT):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         norm_layer: Any = None,
         eta: float = 1.0,
         cls_attn_layers: int = 2,
@@ -146,6 +148,11 @@ class XViT(XCiT):
                 "XViT: mechanism must be linear in the tokens because XCiT's softmax has no bottleneck, got "
                 "'softmax'; use an xcit network for it"
             )
+        if attn_drop_rate > 0 and not layers.mechanism(mechanism).attention_map:
+            raise ValueError(
+                f"XViT: attn_drop_rate must be 0 because {mechanism!r} and the class blocks have no map to "
+                f"drop from, got {attn_drop_rate}; use proj_drop_rate"
+            )
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         factory = {"device": device, "dtype": dtype}
         own = {"attn_dim": attn_dim, "gamma": gamma}
@@ -157,6 +164,7 @@ class XViT(XCiT):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
             proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
             norm_layer=norm_layer,
             eta=eta,
             cls_attn_layers=0,

@@ -36,7 +36,8 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[str | int, ...], h
     )
     if not matches:
         wanted = ", ".join(str(e) for e in expected)
-        todo = hint or "reshape it first; every size must be at least 1"
+        empty = "every size must be at least 1"
+        todo = empty if 0 in tensor.shape else hint or f"reshape it first; {empty}"
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(tensor.shape)}; {todo}")
 
 

@@ -26,6 +26,13 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def for_all(*sizes: int) -> bool:
+    """Whether an exported graph will serve other values of these sizes, so that no code may choose by them:
+    it would refuse those where the choice is another.
+    """
+    return exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def readable(*tensors: Tensor) -> bool:
     """Whether Python may look at values and choose by them without waiting for a GPU."""
     return tensors[0].is_cpu and holds_values(*tensors)

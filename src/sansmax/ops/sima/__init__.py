@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import choose, no_autocast
+from .._eager import for_all
 from . import fused
 
 __all__ = ["SimAState", "example", "flops", "order_for", "sima", "sima_init_state", "sima_step"]
@@ -71,7 +72,8 @@ def sima(
     if name == "reference":
         return reference(q, k, v, causal, eps)
     if order == "auto":
-        order = order_for(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        lengths = q.shape[2], k.shape[2]
+        order = "kv" if for_all(*lengths) else order_for(*lengths, q.shape[3], v.shape[3])
     return fused.sima(q, k, v, causal, eps, order)
 
 

@@ -33,7 +33,9 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
         limit, center = _origin(y)
-        x = torch.sub(x, center, out=x.new_empty(x.shape)).clamp_(-limit, limit)
+        # An exported graph would keep `out=`, which fails with gradients.
+        out = None if torch.compiler.is_compiling() else x.new_empty(x.shape)
+        x = torch.sub(x, center, out=out).clamp_(-limit, limit)
         y = y.clamp(-limit / 4, limit / 4).sub_(center)
         k = x @ y.mT
         for squares in (_square(x)[..., :, None], _square(y)[..., None, :]):

@@ -50,11 +50,12 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
     # A symbolic length is not an int: an exported graph serves all of them.
     short = (isinstance(grid[0], int) and grid[0] <= _SHORT, isinstance(grid[1], int) and grid[1] <= _SHORT)
 
-    def regions(k, v, w, _):
+    def regions(k, v, w, like):
         # A sequence's length is taken from its keys: torch 2.10's cond cannot take it from outside.
         inside = (1, k.shape[-1] - prefix) if grid[0] == 1 else grid
         average = by_regions(k, v, w, inside, prefix, short).transpose(1, 2)
-        return average.clone(memory_format=torch.contiguous_format)
+        # Else an exported graph cannot see that the branches agree on the batch, and asks for two images.
+        return average.clone(memory_format=torch.contiguous_format).view_as(like)
 
     compiling, readable = torch.compiler.is_compiling(), holds_values(k, v, w)
     if readable:

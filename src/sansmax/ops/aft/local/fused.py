@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._backend import no_autocast
-from ..._eager import exporting
+from ..._eager import exporting, for_all
 from .. import _triple
 from ..full import fused as full
 
@@ -59,7 +59,7 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, w: full.Bias, window: int, causal
         w = full.crop(w, k.shape[1])
         if torch.compiler.is_compiling():
             # An exported graph would fix the number of blocks.
-            whole = exporting() and isinstance(k.shape[1], torch.SymInt)
+            whole = for_all(k.shape[1])
         else:
             whole = _short(k.shape[1], blocks(window, causal))
         if whole:
