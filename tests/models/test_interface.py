@@ -133,7 +133,7 @@ def test_construction(name):
         assert small(name, in_chans=channels).eval()(images(channels)).shape == (2, 5)
     assert small(name, dtype=torch.float64)(images().double()).dtype == torch.float64
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = small(name, num_classes=1000)
     assert all(p.is_meta for p in model.parameters())
     cfg, state = model.pretrained_cfg, model.state_dict()
     assert cfg["input_size"] == (3, 224, 224)

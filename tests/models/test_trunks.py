@@ -47,8 +47,9 @@ def test_any_trunk_with_any_mechanism(trunk, mechanism):
 @pytest.mark.parametrize("trunk", ["vit", "deit", "xcit", "cvt", "pyramid", "t2t"])
 def test_families(trunk, mechanism):
     """The bare names of the trunks are their small networks."""
+    depth = {"pyramid": {"depths": (1,) * 4}, "cvt": {"depths": (1,) * 3}}.get(trunk, {"depth": 1})
     with torch.device("meta"):
-        model = sansmax.create_model(trunk, mechanism, img_size=64, num_classes=3)
+        model = sansmax.create_model(trunk, mechanism, img_size=64, num_classes=3, **depth)
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 3)
     kinds = {type(layer) for layer in model.mixers().values()}
     assert layers.mechanism(mechanism) in kinds or (trunk, mechanism) == ("xcit", "softmax")
