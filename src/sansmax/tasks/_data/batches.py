@@ -106,7 +106,9 @@ class InMemory:
             if self.augment.reprob:
                 dice = random.Random(draw(part.seed, *name))
                 shape = self._train[0].shape[-2:]
-                boxes = torch.tensor([erasing_box(dice, *shape, self.augment.reprob) for _ in boxes])
+                boxes = torch.tensor(
+                    [erasing_box(dice, shape[0], shape[1], self.augment.reprob) for _ in boxes]
+                )
             for micro in range(part.accumulate):
                 mine = part.rows(torch.arange(part.batch_size), micro)
                 pixels, labels = (t[index[mine].to(self.device)] for t in self._train)
@@ -164,7 +166,11 @@ def seeded(
     np.random.seed(seed)
     torch.manual_seed(seed)
     pixels = torch.from_numpy(np.ascontiguousarray(transform(image)))
-    box = erasing_box(random.Random(seed), *pixels.shape[-2:], reprob) if reprob else [0, 0, 0, 0]
+    box = (
+        erasing_box(random.Random(seed), pixels.shape[-2], pixels.shape[-1], reprob)
+        if reprob
+        else [0, 0, 0, 0]
+    )
     return pixels, [*numbers, *box]
 
 
@@ -203,7 +209,7 @@ class Files:
         device: torch.device,
     ) -> None:
         if data.num_samples is not None and data.num_samples < len(train):
-            train = train.subset(order(len(train), 0, 0)[: data.num_samples].tolist())
+            train = train.shuffled(data.num_samples)
         self.title, self.classes = train.title, train.classes
         self.split = f"{val.title}"
         self.mean, self.std, self.device, self.workers = mean, std, device, workers

@@ -13,6 +13,7 @@ from PIL import Image
 
 from . import folder
 from ._decode import to_rgb
+from .draws import order
 from .settings import Data
 
 __all__ = ["Split", "is_sharded", "open_split"]
@@ -66,6 +67,10 @@ class Split:
             lambda i: self.read(positions[i]),
             len(positions),
         )
+
+    def shuffled(self, count: int) -> "Split":
+        """The first `count` of a shuffle that is always the same."""
+        return self.subset(order(len(self), 0, 0)[:count].tolist())
 
 
 def is_sharded(data: Data) -> bool:
