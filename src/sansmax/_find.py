@@ -2,15 +2,20 @@
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable
 from types import ModuleType
 
 
 def names(package: str) -> list[str]:
-    """The public modules of `package`, sorted: every file or folder without a leading underscore."""
-    path = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+    """The public modules of `package`, sorted: every file or folder without a leading underscore.
+
+    The package itself is not imported.
+    """
+    spec = importlib.util.find_spec(package)
+    found = pkgutil.iter_modules(spec and spec.submodule_search_locations)
+    return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
 def load(package: str, name: str) -> ModuleType:
