@@ -14,8 +14,8 @@ def names(package: str) -> list[str]:
     The package itself is not imported.
     """
     spec = importlib.util.find_spec(package)
-    found = pkgutil.iter_modules(spec and spec.submodule_search_locations)
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    path = (spec and spec.submodule_search_locations) or []
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
 
 def load(package: str, name: str) -> ModuleType:

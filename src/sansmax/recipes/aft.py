@@ -37,12 +37,12 @@ def aft(network: str) -> Recipe:
 
     Source: AFT, section 5.3: "DeiT recipe", batch, augmentation, regularisation and schedule unchanged; plain
     PyTorch in full precision. No code was published.
-    Differences: DeiT's own code runs epochs 0 and 1 at 1e-6, here epoch 0 alone; its cool-down epochs are never
-    run and its moving average is never evaluated, there or here.
+    Differences: DeiT's code runs epochs 0 and 1 at 1e-6, here epoch 0 alone. Its cool-down epochs are never
+    run and its moving average (0.99996) is never evaluated, there or here.
     Assumed:
     - drop path 0.1 and a crop of 0.875 in evaluation: DeiT's.
-    - aft_conv_base from random weights has the fine-tuning's 100 epochs and 64 images an update; whether those
-      are 64 a GPU is not said. The rate follows the batch as in DeiT.
+    - aft_conv_base from random weights has the fine-tuning's 100 epochs and 64 images an update; whether
+      those are 64 a GPU is not said. The rate follows the batch, as in DeiT.
     """
     recipe = replace(DEIT, model=network, precision="fp32")
     return replace(recipe, img_size=384, epochs=100, batch_size=64) if network == BASE else recipe

@@ -13,8 +13,8 @@ def cifar10(mechanism: str) -> Recipe:
 
         sansmax train cifar10_sima --data.download
 
-    All images stay in memory and are augmented there. Without `--data.download` the set must lie in the folder
-    cifar10, or the one that `--data.root` names, as torchvision stores it.
+    All images stay in memory and are augmented there. Without `--data.download` the set must lie in the
+    folder cifar10, or the one that `--data.root` names, as torchvision stores it.
 
     Cost: one GPU; not measured.
     To reach: not measured. No paper has these runs.

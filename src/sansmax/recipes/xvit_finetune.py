@@ -16,8 +16,8 @@ def xvit_finetune(network: str, img_size: int) -> Recipe:
 
         sansmax train vibid_medium_p16_384 --weights vibid_medium_p16-run --data.root imagenet
 
-    `--weights` must be given: the folder of a run of the same network at 224 px, or its weights. Positions are
-    resampled.
+    `--weights` must be given: the folder of a run of the same network at 224 px, or its weights. Positions
+    are resampled.
 
     Cost: not stated.
     To reach: ViBid's top-1 medium 384 px 83.8; base 84.5, 84.7 and 84.8 at 384, 512 and 768 px. The others:
