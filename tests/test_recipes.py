@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 import tyro
-from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from sansmax import _find, create_model, layers, models, recipes
+from sansmax.train import optim
 from sansmax.train.recipe import Recipe
 
 NAMES = recipes.names()
@@ -280,8 +280,8 @@ def test_the_tables_hold_every_family():
         assert set(TABLES) & set(_find.load("sansmax.recipes", family).RUNS), family
 
 
-# By hand: a line from 1e-6 to the peak over the warm-up, then low + (peak - low) (1 + cos(pi e / epochs)) / 2.
-# The peak is lr * batch / lr_batch.
+# By hand, with the peak lr * batch / lr_batch: a line from 1e-6 to the peak over the warm-up, then
+# low + (peak - low) (1 + cos(pi e / epochs)) / 2.
 @pytest.mark.parametrize(
     ("name", "peak", "rates"),
     [
@@ -328,17 +328,30 @@ def test_the_learning_rate_is_the_source_s(name, peak, rates):
     assert recipe.lr() == pytest.approx(peak)
     assert recipe.optim.per == "epoch"
     assert max(rates) == recipe.epochs - 1
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr())
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs,
-        lr_min=recipe.optim.min_lr,
-        warmup_t=int(recipe.optim.warmup),
-        warmup_lr_init=recipe.optim.warmup_lr,
-    )
-    for epoch, rate in rates.items():
-        schedule.step(epoch)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-6)
+    assert rates_of(recipe, 1251, rates) == pytest.approx(list(rates.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "rates"),
+    [
+        # 14 epochs of 28 updates, the warm-up over 39 of them; as in `sansmax compare`.
+        ("digits_sima", 28, {0: 2e-5, 39: 1.951551e-3, 196: 1e-3, 391: 3.211407e-8}),
+        ("cifar10_sima", 97, {0: 1e-6, 485: 9.939057e-4, 4850: 5.05e-4, 9699: 1.0000026e-5}),
+    ],
+)
+def test_small_runs_change_the_rate_at_every_update(name, updates, rates):
+    assert rates_of(recipes.recipe(name), updates, rates) == pytest.approx(list(rates.values()), rel=1e-6)
+
+
+def rates_of(recipe, updates, steps):
+    """The rate in epoch (per="epoch") or update (per="update") `step`, with `updates` an epoch."""
+    optimizer = optim.optimizer(torch.nn.Linear(2, 3), recipe)
+    schedule = optim.schedule(optimizer, recipe, updates)
+    rates = []
+    for step in steps:
+        schedule.step(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
 
 
 def test_names_are_unique_and_an_unknown_one_has_a_nearest():
