@@ -4,19 +4,11 @@ import base64
 import io
 import json
 import math
-import re
-from html.parser import HTMLParser
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
-from torchmetrics.functional.classification import binary_calibration_error
 
-from sansmax import cli
-from sansmax.bench import runs
-from sansmax.bench._evaluation import Evaluation, agreement, refusal
-from sansmax.bench.run_report import read_run, render_run, render_runs, table
+from sansmax.bench._evaluation import Evaluation
 
 EVIL = "<script>alert('&')</script>"
 CLASSES = [EVIL, 'a "quoted" & name', "\N{CAT FACE} caf\u00e9", "line\nbreak " + "long" * 30]
@@ -111,8 +103,13 @@ def write_run(
         "classes": classes,
         "data": {"name": EVIL, "train": 400, "val": 100, "split": "every fifth image of a class"},
         "network": {
-            **{"name": "vit_mini", "params": 452_000, "flops": 31_400_000, "img_size": 32},
-            **{"mean": [0.5], "std": [0.25], "in_chans": 1},
+            "name": "vit_mini",
+            "params": 452_000,
+            "flops": 31_400_000,
+            "img_size": 32,
+            "mean": [0.5],
+            "std": [0.25],
+            "in_chans": 1,
         },
         "machine": {"cpu": "A processor", "cores": 2, "gpu": None},
         "versions": {"python": "3.12.1", "torch": "2.15.0", "triton": None},

@@ -174,7 +174,9 @@ def train(
                     )
                 if asked:
                     keeper.save(at)
-                    raise Interrupted(f"interrupted: {keeper.words(total)}")
+                    raise Interrupted(
+                        f"interrupted by {signals.name or 'SIGTERM elsewhere'}: {keeper.words(total)}"
+                    )
                 if recipe.save_every and at.update % recipe.save_every == 0:
                     keeper.save(at)
         if verdicts is None:  # the run had been finished

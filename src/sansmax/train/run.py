@@ -92,7 +92,9 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         metadata = _metadata(recipe, about, point)
         for name in ["best"] * best_so_far + ["weights"] * last:
             content = safetensors.torch.save(_plain(tensors), metadata)
-            replace_file(folder / f"{name}.safetensors", lambda path, content=content: path.write_bytes(content))
+            replace_file(
+                folder / f"{name}.safetensors", lambda path, content=content: path.write_bytes(content)
+            )
         if best_so_far:
             best[0] = point["top1"]
             write_json(folder / "recipe.json", {**about, "best": best[0]})
@@ -196,7 +198,11 @@ def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | N
 def _data_config(recipe: Recipe) -> dict[str, Any]:
     """Mean, deviation and side of the images that the network is published for; ImageNet's where it has none."""
     found: Any = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
-    size = found.input_size[-1] if found and found.input_size and not recipe.model.startswith("vit_mini") else None
+    size = (
+        found.input_size[-1]
+        if found and found.input_size and not recipe.model.startswith("vit_mini")
+        else None
+    )
     mean, std = (found.mean, found.std) if found else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return {"size": size, "mean": tuple(mean), "std": tuple(std)}
 
@@ -351,4 +357,3 @@ def _report(folder: Path, console: Console) -> None:
 
     write_text(folder / "report.html", render_run(read_run(folder)))
     console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False)
-
