@@ -11,7 +11,7 @@ from ._register import registered
 from ._vit import TRUNK_MODULES, create_vit
 from ._xcit import create_xcit
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "trunks"]
 
 
 # The small network of every trunk.
@@ -23,6 +23,16 @@ FAMILIES = {
     "pyramid": "soft_tiny",
     "t2t": "eamlp_14",
 }
+
+
+def trunks() -> list[str]:
+    """The names that create_model takes."""
+    modules = ("xcit", *TRUNK_MODULES)
+    return [
+        *FAMILIES,
+        *registered(),
+        *(name for module in modules for name in timm.list_models(module=module)),
+    ]
 
 
 def create_model(
@@ -59,16 +69,13 @@ def create_model(
     if trunk in FAMILIES:
         trunk, mechanism = FAMILIES[trunk], mechanism or "softmax"
     name = trunk.partition(".")[0]  # behind the dot: a tag of pretrained weights
-    published = registered()
-    xcits = timm.list_models(module="xcit")
-    vits = [n for module in TRUNK_MODULES for n in timm.list_models(module=module)]
-    if name in published:
+    if name in registered():
         chosen: dict[str, Any] = {} if mechanism is None else {"mechanism": mechanism}
         if mechanism_args:
             chosen["mechanism_args"] = mechanism_args
         return timm.create_model(trunk, pretrained=pretrained, **chosen, **kwargs)
-    if name in xcits:
+    if name in timm.list_models(module="xcit"):
         return create_xcit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)
-    if name not in vits:
-        pick("trunks", name, [*FAMILIES, *published, *xcits, *vits])
+    if name not in trunks():
+        pick("trunks", name, trunks())
     return create_vit(trunk, mechanism or "softmax", mechanism_args, pretrained, **kwargs)

@@ -1,0 +1,65 @@
+"""Classes and embeddings of any number of images, into a table; goes on where it was interrupted."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+
+def main(
+    what: Annotated[str, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")],
+    /,
+    out: str = "predictions.csv",
+    top_k: int = 5,
+    embeddings: bool = False,
+    img_size: int | None = None,
+    batch_size: int = 128,
+    part_size: int = 4096,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Writes the classes that WHAT sees in every image of INPUT to OUT, one row an image.
+
+    The same command, given again after an interruption, goes on where it stood. With torchrun the parts are
+    shared out to its processes. Columns: path, top1, top1_probability, top2, ..., error (why an image could
+    not be read), and embedding.
+
+    Args:
+        what: a run folder, a .safetensors file, name=checkpoint, or a name of timm with weights.
+        source: an image, a folder with all below it, a .tar, or shards as name-{0000..0099}.tar.
+        out: a file that ends in .csv or .parquet; OUT.json tells how it was made.
+        top_k: how many classes of each image.
+        embeddings: add the input of the network's last layer.
+        img_size: side of the images (default: the one the network was trained with).
+        batch_size: images that the network takes at a time.
+        part_size: images that are done again after an interruption, at most; a .tar is done again whole.
+        device: auto, cpu or cuda.
+        precision: fp32, or bf16 by autocast.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..train.network import load_network
+    from ..train.predict import predict
+
+    network = load_network(what, img_size=img_size)
+    bar = (TextColumn("parts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("parts", total=None)
+        outcome = predict(
+            network,
+            source,
+            out,
+            top_k=top_k,
+            embeddings=embeddings,
+            batch_size=batch_size,
+            part_size=part_size,
+            device=device,
+            precision=precision,
+            progress=lambda done, parts: progress.update(task, completed=done, total=parts),
+        )
+    if outcome.missing:
+        print(f"{out}: {outcome.missing} parts are missing, which other processes write")
+    else:
+        print(f"{out}: {outcome.images:,} rows, {outcome.errors:,} of them with an error")
