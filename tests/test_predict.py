@@ -4,11 +4,9 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,9 @@ def write_run(folder, file="best.safetensors", mechanism="", **own):
     """The folder of a run of a network so small that it costs nothing."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(3)
-    model = sansmax.create_model("vit_mini", mechanism or None, img_size=16, num_classes=len(CLASSES), **WORDS)
+    model = sansmax.create_model(
+        "vit_mini", mechanism or None, img_size=16, num_classes=len(CLASSES), **WORDS
+    )
     metadata = {
         "model": "vit_mini",
         "mechanism": mechanism,
@@ -92,7 +92,9 @@ def images(tmp_path):
 
 
 def command(*words, code=0, **flags):
-    flags = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))]
+    flags = [
+        w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))
+    ]
     assert cli.main(["predict", *map(str, words), *flags]) == code
 
 
@@ -107,7 +109,11 @@ def test_rows_are_what_the_network_sees(run, images, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: 13 rows, 0 of them with an error\n"
     rows = rows_of(out)
     assert [row["path"] for row in rows] == sorted(str(p.relative_to(images)) for p in images.rglob("*.png"))
-    assert list(rows[0]) == ["path", *(f"top{i}{end}" for i in (1, 2, 3) for end in ("", "_probability")), "error"]
+    assert list(rows[0]) == [
+        "path",
+        *(f"top{i}{end}" for i in (1, 2, 3) for end in ("", "_probability")),
+        "error",
+    ]
     network = load_network(run)
     for row in rows:
         share, index = expected(network, images / row["path"]).topk(3)
@@ -137,12 +143,21 @@ def test_embeddings_are_those_of_the_network(name, run, images, tmp_path):
         x = network.transform()(Image.open(path).convert("RGB"))[None]
         with torch.no_grad():
             want = network.model.forward_head(network.model.forward_features(x), pre_logits=True)[0]
-        torch.testing.assert_close(torch.tensor(got[str(path.relative_to(images))]), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(got[str(path.relative_to(images))]), want, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_any_name_and_unreadable_images(run, tmp_path):
     folder = tmp_path / "a folder, with a comma"
-    names = ["plain.png", "two words.PNG", 'a,b;"c".png', "line\nbreak.png", "grün–木.png", os.fsdecode(b"\xff.png")]
+    names = [
+        "plain.png",
+        "two words.PNG",
+        'a,b;"c".png',
+        "line\nbreak.png",
+        "grün–木.png",
+        os.fsdecode(b"\xff.png"),
+    ]
     (folder / "sub").mkdir(parents=True)
     for i, name in enumerate(names):
         picture(i).save(folder / "sub" / name, "PNG")
@@ -186,7 +201,9 @@ def test_shards_by_pattern_and_by_folder(run, tmp_path):
     command(run, tmp_path / "shards", out=tmp_path / "folder.csv")
     want = [f"s-{i:02d}.tar/{i}{k}.png" for i in range(3) for k in range(4)]
     assert [row["path"] for row in rows_of(tmp_path / "folder.csv")] == want
-    assert [row["path"] for row in rows_of(tmp_path / "pattern.csv")] == [f"{tmp_path}/shards/{w}" for w in want]
+    assert [row["path"] for row in rows_of(tmp_path / "pattern.csv")] == [
+        f"{tmp_path}/shards/{w}" for w in want
+    ]
 
 
 @pytest.mark.parametrize("cut", ["inside an image", "inside a header", "between two images", "zeros"])
@@ -196,7 +213,9 @@ def test_a_truncated_tar_gives_what_is_there_and_says_so(cut, run, tmp_path):
     with tarfile.open(path) as tar:
         third = tar.getmember("3.png")
     content = path.read_bytes()
-    end = {"inside an image": third.offset_data + 100, "inside a header": third.offset + 100}.get(cut, third.offset)
+    end = {"inside an image": third.offset_data + 100, "inside a header": third.offset + 100}.get(
+        cut, third.offset
+    )
     path.write_bytes(content[:end] if cut != "zeros" else content[:end] + b"x" * 512)
     command(run, path, out=tmp_path / "out.csv")
     rows = rows_of(tmp_path / "out.csv")
@@ -304,7 +323,9 @@ def test_again_there_is_nothing_to_do_and_other_settings_are_refused(run, images
     assert predict(network, str(images), out, part_size=3, batch_size=3) == first
     assert not forwards
     assert out.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"out: expected part_size 3, with which .* was begun, got 4; use the same"):
+    with pytest.raises(
+        ValueError, match=r"out: expected part_size 3, with which .* was begun, got 4; use the same"
+    ):
         predict(network, str(images), out, part_size=4)
     out.unlink()
     picture(99).save(images / "new.png")
