@@ -1,4 +1,4 @@
-"""CIFAR-10 with every mechanism in one small network: one recipe, one seed, one budget; accuracy at other sizes.
+"""CIFAR-10 with every mechanism in one small network: one recipe, seed and budget; accuracy at other sizes.
 
     python benchmarks/cifar10.py --root FOLDER --out results/cifar10-cpu.json
 
@@ -39,7 +39,8 @@ def main(
 
     Args:
         root: folder of the images.
-        names: mechanisms, or mechanism:{"token_scale": 64} with options of the layer (default: all mechanisms).
+        names: mechanisms, or mechanism:{"token_scale": 64} with options of the layer (default: all
+            mechanisms).
         num_samples: training images, a fixed random subset.
         sizes: of the images after training at 32 px, enlarged by bicubic interpolation.
         size_images: held-out images at each size.
@@ -51,7 +52,12 @@ def main(
             continue
         mechanism, _, words = name.partition(":")
         base = recipes.recipe(f"cifar10_{mechanism}")
-        model_args: dict[str, Any] = {"patch_size": 4, "stem": "conv", "class_token": False, **json.loads(options)}
+        model_args: dict[str, Any] = {
+            "patch_size": 4,
+            "stem": "conv",
+            "class_token": False,
+            **json.loads(options),
+        }
         if words:
             model_args["mechanism_args"] = json.loads(words)
         recipe = dataclasses.replace(
@@ -74,13 +80,22 @@ def main(
             "curve": outcome.curve,
             "train_seconds": outcome.train_seconds,
             "images_per_s": outcome.images_per_s,
-            "sizes": {size: evaluate(load_network(recipe.out, img_size=size), split, crop=1.0)["top1"] for size in sizes},
+            "sizes": {
+                size: evaluate(load_network(recipe.out, img_size=size), split, crop=1.0)["top1"]
+                for size in sizes
+            },
         }
         found |= {"recipe": recipe.to_json(), "commit": measure.commit(), "machine": measure.machine()}
         found["versions"] = measure.versions()
         del found["recipe"]["out"], found["recipe"]["data"]["root"]
         write_json(Path(out), found)
-        print(name, f"{100 * outcome.score:.1f}", found["rows"][name]["sizes"], f"{outcome.train_seconds:.0f} s", flush=True)
+        print(
+            name,
+            f"{100 * outcome.score:.1f}",
+            found["rows"][name]["sizes"],
+            f"{outcome.train_seconds:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def run(arguments: Sequence[str]) -> int:
     them, with what the recipe costs and should reach.
     """
     import tyro
+    from accelerate import PartialState
     from rich.console import Console
 
     from .. import recipes
@@ -37,5 +38,6 @@ def run(arguments: Sequence[str]) -> int:
         print(f"sansmax: {stop}", file=sys.stderr)
         return 143 if "SIGTERM" in str(stop) else 130
     top5 = f", top-5 {100 * outcome.curve[-1]['top5']:.1f} %" if "top5" in outcome.curve[-1] else ""
-    print(f"{chosen.out}: top-1 {100 * outcome.score:.1f} %{top5}, {outcome.images_per_s:,.0f} images/s")
+    if PartialState().is_main_process:
+        print(f"{chosen.out}: top-1 {100 * outcome.score:.1f} %{top5}, {outcome.images_per_s:,.0f} images/s")
     return 0

@@ -31,11 +31,28 @@ __all__ = ["run"]
 
 PICTURES = 12  # of either kind in the report
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = {
-    "out", "resume", "save_every", "keep", "log_every", "bad_steps", "tensorboard", "wandb", "device", "parallel",
-    "compile", "channels_last", "checkpointing", "accumulate", "weights", "data.workers", "data.root", "data.download",
-    "data.memory",
-}  # fmt: skip
+FREE = set(
+    [
+        "out",
+        "resume",
+        "save_every",
+        "keep",
+        "log_every",
+        "bad_steps",
+        "tensorboard",
+        "wandb",
+        "device",
+        "parallel",
+        "compile",
+        "channels_last",
+        "checkpointing",
+        "accumulate",
+        "weights",
+        "data.workers",
+        "data.root",
+        "data.download",
+    ]
+)
 
 
 def run(recipe: Recipe, console: Console | None = None, command: str | None = None) -> Outcome:

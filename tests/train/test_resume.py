@@ -1,0 +1,150 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from forked import run_recipe, start, tiny, together
+
+from sansmax.train.checkpoint import States
+from sansmax.train.guard import Interrupted
+from sansmax.train.run import run
+
+TIMES = ("seconds", "images_per_s", "data_wait")
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock said."""
+    found = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    together(1, run_recipe, tiny(folder))
+    return folder
+
+
+def killed_at(folder: Path, count: int, number: int = signal.SIGKILL) -> int:
+    """Starts the run, or goes on with it, and kills it after so many lines; returns its exit code."""
+    (child,) = start(1, run_recipe, tiny(folder, resume=True))
+    path = folder / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not (path.is_file() and len(path.read_text().splitlines()) >= count):
+        assert time.monotonic() < limit
+        assert child.is_alive()
+        time.sleep(0.002)
+    os.kill(child.pid, number)
+    child.join(60)
+    return child.exitcode
+
+
+def test_three_kills_at_random_change_no_loss_and_no_weight(undisturbed, tmp_path):
+    folder = tmp_path / "killed"
+    chance = random.Random(time.time_ns())
+    counts = sorted(chance.sample(range(1, 20), 3))
+    for count in counts:
+        assert killed_at(folder, count) == -signal.SIGKILL, counts
+    together(1, run_recipe, tiny(folder, resume=True))
+    assert lines(folder) == lines(undisturbed), counts
+    for name in ("weights.safetensors", "best.safetensors"):
+        mine, theirs = (safetensors.torch.load_file(f / name) for f in (folder, undisturbed))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), counts
+
+
+def test_a_finished_run_that_goes_on_only_evaluates(undisturbed, tmp_path):
+    folder = tmp_path / "twice"
+    together(1, run_recipe, tiny(folder))
+    before = lines(folder)
+    together(1, run_recipe, tiny(folder, resume=True))
+    assert lines(folder) == before == lines(undisturbed)
+
+
+def test_a_state_that_was_cut_off_is_passed_over(undisturbed, tmp_path):
+    folder = tmp_path / "cut"
+    assert killed_at(folder, 8) == -signal.SIGKILL
+    *_, older, newest = States(folder / "states").paths()
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (folder / "states" / f".{newest.name}-tmp").write_bytes(b"half")
+    together(1, run_recipe, tiny(folder, resume=True))
+    assert lines(folder) == lines(undisturbed)
+    assert not list((folder / "states").glob(".state*"))
+    assert older.name < newest.name
+
+
+def test_the_last_states_are_kept_and_older_ones_go(undisturbed):
+    assert [path.name for path in States(undisturbed / "states").paths()] == [
+        "state-000000018.pt",
+        "state-000000020.pt",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(undisturbed, tmp_path, number):
+    folder = tmp_path / "signalled"
+
+    def leave(recipe):
+        try:
+            run(recipe)
+        except Interrupted as stop:
+            (folder / "said").write_text(str(stop))
+            raise SystemExit(1) from None
+
+    (child,) = start(1, leave, tiny(folder, save_every=None))
+    path = folder / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= 4):
+        time.sleep(0.002)
+    os.kill(child.pid, number)
+    child.join(60)
+    said = (folder / "said").read_text()
+    seen = len(lines(folder))
+    assert said == (
+        f"interrupted by {signal.Signals(number).name}: update {seen} of 20 is saved in {folder}, go on "
+        "with --resume"
+    )
+    together(1, run_recipe, tiny(folder, save_every=None, resume=True))
+    assert lines(folder) == lines(undisturbed)
+
+
+def test_what_must_not_change_is_named(undisturbed):
+    for changes, words in [
+        ({"batch_size": 64}, "batch_size: expected 128, with which .* was begun, got 64; use the same"),
+        ({"optim": replace(tiny(undisturbed).optim, lr=1.0)}, "optim.lr: expected 0.003, .* got 1.0"),
+        ({"resume": False}, "out: expected a new folder, got .* with a run in it; add --resume"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            run(tiny(undisturbed, **{"resume": True} | changes))
+
+
+def test_a_state_of_another_network_is_refused(undisturbed, tmp_path):
+    folder = tmp_path / "other"
+    recipe = tiny(folder, model_args={**tiny(folder).model_args, "depth": 1})
+    together(1, run_recipe, replace(recipe, epochs=1))
+    path = States(folder / "states").paths()[-1]
+    state = torch.load(States(undisturbed / "states").paths()[-1], weights_only=True)
+    torch.save(state, path)
+    with pytest.raises(
+        ValueError, match=r"resume: expected the state of this network and optimiser in .*, got "
+    ):
+        run(replace(recipe, epochs=1, resume=True))
+
+
+def test_no_readable_state_is_an_error_not_a_new_beginning(tmp_path):
+    folder = tmp_path / "broken"
+    together(1, run_recipe, tiny(folder, epochs=1))
+    for path in States(folder / "states").paths():
+        path.write_bytes(b"nothing")
+    with pytest.raises(
+        ValueError, match=r"resume: expected a readable state in .*, got state-000000010.pt \("
+    ):
+        run(tiny(folder, epochs=1, resume=True))
