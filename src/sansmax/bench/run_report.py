@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from .runs import RunRecord, differences, flat, read_run
 __all__ = ["RunRecord", "read_run", "render_run", "render_runs", "table"]
 
 OPEN_CLASSES, MOST_CLASSES = 50, 1000
-MOST_CONFUSIONS = 20
+MOST_CONFUSIONS = 12
 
 
 def render_run(run: RunRecord, defaults: Mapping[str, Any] | None = None) -> str:
@@ -104,7 +103,7 @@ COLUMNS = (
         count,
     ),
     Column("img/s", "images per second in training, median", lambda run: run.images_per_s, number, max, True),
-    Column("time", "training time", lambda run: run.seconds, _clock, min, True),
+    Column("time", "training time", lambda run: run.seconds, _clock, None, True),
 )
 
 
@@ -162,7 +161,7 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
     accuracy = {name: _line(run.evals, key, 100) for name, key in (("top-1", "top1"), ("top-5", "top5"))}
     if not accuracy["top-5"][0]:
         del accuracy["top-5"]
-    plots = [
+    plots: list[tuple[str, str, dict[str, _run_plots.Line], dict[str, bool]]] = [
         ("Loss", "loss", loss, {"log": True}),
         ("Accuracy on held-out images, %", "accuracy", accuracy, {"marked": True}),
     ]
@@ -172,39 +171,33 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
         ("Training, images per second", "images_per_s", 1),
         ("Time spent waiting for data, %", "data_wait", 100),
     ):
-        words = {"log": key == "grad_norm"}
-        plots.append((title, key, {"training": _line(run.train, key, factor)}, words))
+        line = _line(run.train, key, factor)
+        plots.append((title, key, {"training": line}, {"log": key == "grad_norm"}))
     drawn = []
     for title, salt, lines, words in plots:
         styles = {name: _run_plots.SERIES[name] for name in lines}
-        marked = {"marked": False} | words
-        drawn.append((title, Markup(_run_plots.curve(salt, lines, styles, "", **marked))))
+        drawn.append((title, Markup(_run_plots.curve(salt, lines, styles, **{"marked": False} | words))))
     return drawn
 
 
 def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
+    """[(title, plot)]: three against epochs, the same against time."""
     unit, per = _run_plots.clock_unit(max((run.seconds or 0 for run in runs), default=0))
     styles = _run_plots.palette(len(runs))
     drawn = []
-    for title, kind, key, factor in (
-        ("Training loss", "train", "loss", 1),
-        ("Held-out loss", "evals", "loss", 1),
-        ("Top-1, %", "evals", "top1", 100),
-    ):
-        for x, scale, x_label in (("epoch", 1, "epoch"), ("seconds", per, unit)):
+    for x, scale, label in (("epoch", 1, "epoch"), ("seconds", per, unit)):
+        for title, kind, key, factor in (
+            ("Training loss", "train", "loss", 1),
+            ("Held-out loss", "evals", "loss", 1),
+            ("Top-1, %", "evals", "top1", 100),
+        ):
             lines = {
-                str(i + 1): _line(getattr(run, kind), key, factor, x, scale) for i, run in enumerate(runs)
+                name: _line(getattr(run, kind), key, factor, x, scale)
+                for name, run in zip(styles, runs, strict=True)
             }
-            svg = _run_plots.curve(
-                f"{kind}-{key}-{x}",
-                lines,
-                styles,
-                "",
-                x_label,
-                log=key == "loss",
-                marked=kind == "evals",
-            )
-            drawn.append((f"{title}, by {'epochs' if x == 'epoch' else 'time'}", Markup(svg)))
+            words = {"log": key == "loss", "marked": kind == "evals"}
+            svg = _run_plots.curve(f"{kind}-{key}-{x}", lines, styles, label, **words)
+            drawn.append((f"{title}, against {'epochs' if x == 'epoch' else 'time'}", Markup(svg)))
     return drawn
 
 
@@ -247,27 +240,20 @@ def _picture(picture: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """[{"field", "value", "default", "changed"}]"""
-    base = flat(defaults or {})
+    base = flat(recipe if defaults is None else defaults)
     return [
-        {
-            "field": field,
-            "value": value,
-            "default": base.get(field),
-            "changed": field in base and base[field] != value,
-        }
+        {"field": field, "value": value, "default": base.get(field), "changed": base.get(field) != value}
         for field, value in flat(recipe).items()
     ]
 
 
 def _words(value: Any) -> str:
     """A field's value as a flag takes it."""
-    if value is None or value == "":
-        return NONE
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, list | tuple):
         return " ".join(map(_words, value)) or NONE
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return NONE if value in (None, "") else value if isinstance(value, str) else json.dumps(value)
 
 
 def _pairs(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

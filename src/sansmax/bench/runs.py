@@ -23,8 +23,7 @@ CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder. `info` is recipe.json, `train` and `evals` the lines of metrics.jsonl, finite values only.
-
+    """A run folder: recipe.json (`info`) and the lines of metrics.jsonl (`train`, `evals`), finite only;
     `evaluation` is None, `gallery` and `skipped` are empty where the run has not come so far.
     """
 
@@ -113,8 +112,8 @@ def _is_run(path: Path) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """The run folder, also of a run that goes on or was killed.
 
-    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, its later
-    line counts.
+    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, the
+    later line counts.
 
     Raises:
         ValueError: it is no run folder, or a file in it is not what `sansmax train` writes.
@@ -124,7 +123,8 @@ def read_run(folder: Path) -> RunRecord:
     for key in ("recipe", "classes", "data", "network"):
         if key not in info:
             raise ValueError(
-                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; name another run"
+                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; "
+                f"name another run"
             )
     train, evals = _metrics(folder / "metrics.jsonl")
     return RunRecord(
@@ -159,7 +159,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             line = json.loads(words)
         except ValueError:
             continue
-        before = lines.get(line.get("kind")) if isinstance(line, dict) else None
+        before = lines.get(str(line.get("kind"))) if isinstance(line, dict) else None
         if before is None:
             continue
         line = {k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
@@ -174,7 +174,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def _evaluation(path: Path, classes: Sequence[str]) -> Evaluation | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name] for name in ("labels", "top", "probabilities", "truth")]
+            arrays = {name: file[name] for name in ("labels", "top", "probabilities", "truth")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -182,17 +182,14 @@ def _evaluation(path: Path, classes: Sequence[str]) -> Evaluation | None:
             f"{path}: expected labels, top, probabilities and truth, got a file that cannot be read "
             f"({str(error).strip(chr(39))}); remove it for a report without it"
         ) from None
-    return Evaluation(*arrays, classes) if len(arrays[0]) else None
+    return Evaluation(**arrays, classes=classes) if arrays["labels"].size else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} as {"optim.lr": 1}."""
+    """{"optim": {"lr": 1}, "model_args": {}} as {"optim.lr": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
 
 

@@ -249,9 +249,7 @@ class Recipe:
             ("distil.alpha", self.distil.alpha),
         ]:
             if not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name}: expected a share from 0 to 1, got {value:g}; leave it out if unsure"
-                )
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {value:g}; leave it out if unsure")
         for name, value in [
             ("optim.lr", o.lr),
             ("optim.clip", o.clip),
@@ -273,17 +271,13 @@ class Recipe:
             ("augment.shift", a.shift),
         ]:
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name}: expected a number of at least 0, got {value:g}; leave it out if unsure"
-                )
+                raise ValueError(f"{name}: expected a number of at least 0, got {value:g}; leave it out if unsure")
         if not 0 < a.scale[0] <= a.scale[1] <= 1:
             raise ValueError(
                 f"augment.scale: expected two rising shares of the area above 0, got {a.scale}; use 0.08 1"
             )
         if not 0 < a.ratio[0] <= a.ratio[1]:
-            raise ValueError(
-                f"augment.ratio: expected two rising numbers above 0, got {a.ratio}; use 0.75 1.33"
-            )
+            raise ValueError(f"augment.ratio: expected two rising numbers above 0, got {a.ratio}; use 0.75 1.33")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch size {self.batch_size}, got {self.accumulate}; "
