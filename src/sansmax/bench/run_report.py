@@ -113,12 +113,14 @@ def _rows(runs: Sequence[RunRecord]) -> list[list[Cell]]:
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """The folders' names, with as many of the folders above as tell them apart."""
+    """The folders' names, each with as many of the folders above it as tell it apart."""
     paths = [run.folder.resolve().parts for run in runs]
-    depth = 1
-    while len({p[-depth:] for p in paths}) < len({*paths}):
-        depth += 1
-    return ["/".join(p[-depth:]) for p in paths]
+
+    def name(path: tuple[str, ...]) -> str:
+        ends = (path[-depth:] for depth in range(1, len(path) + 1))
+        return "/".join(next(end for end in ends if all(p == path or p[-len(end) :] != end for p in paths)))
+
+    return [name(path) for path in paths]
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -157,27 +159,31 @@ def _line(
 
 def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
     """[(title, plot)]"""
-    loss = {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")}
     accuracy = {name: _line(run.evals, key, 100) for name, key in (("top-1", "top1"), ("top-5", "top5"))}
-    if not accuracy["top-5"][0]:
-        del accuracy["top-5"]
-    plots: list[tuple[str, str, dict[str, _run_plots.Line], dict[str, bool]]] = [
-        ("Loss", "loss", loss, {"log": True}),
-        ("Accuracy on held-out images, %", "accuracy", accuracy, {"marked": True}),
+    plots = {
+        "Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")},
+        "Accuracy on held-out images, %": {name: line for name, line in accuracy.items() if line[0]},
+        "Learning rate": {"training": _line(run.train, "lr")},
+        "Gradient norm": {"training": _line(run.train, "grad_norm")},
+        "Training, images per second": {"training": _line(run.train, "images_per_s")},
+        "Time spent waiting for data, %": {"training": _line(run.train, "data_wait", 100)},
+    }
+    logarithmic = ("Loss", "Gradient norm")
+    return [
+        (
+            title,
+            Markup(
+                _run_plots.curve(
+                    title,
+                    lines,
+                    {name: _run_plots.SERIES[name] for name in lines},
+                    log=title in logarithmic,
+                    marked=lines is plots["Accuracy on held-out images, %"],
+                )
+            ),
+        )
+        for title, lines in plots.items()
     ]
-    for title, key, factor in (
-        ("Learning rate", "lr", 1),
-        ("Gradient norm", "grad_norm", 1),
-        ("Training, images per second", "images_per_s", 1),
-        ("Time spent waiting for data, %", "data_wait", 100),
-    ):
-        line = _line(run.train, key, factor)
-        plots.append((title, key, {"training": line}, {"log": key == "grad_norm"}))
-    drawn = []
-    for title, salt, lines, words in plots:
-        styles = {name: _run_plots.SERIES[name] for name in lines}
-        drawn.append((title, Markup(_run_plots.curve(salt, lines, styles, **{"marked": False} | words))))
-    return drawn
 
 
 def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
@@ -195,9 +201,9 @@ def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
                 name: _line(getattr(run, kind), key, factor, x, scale)
                 for name, run in zip(styles, runs, strict=True)
             }
-            words = {"log": key == "loss", "marked": kind == "evals"}
-            svg = _run_plots.curve(f"{kind}-{key}-{x}", lines, styles, label, **words)
-            drawn.append((f"{title}, against {'epochs' if x == 'epoch' else 'time'}", Markup(svg)))
+            title += ", against " + ("epochs" if x == "epoch" else "time")
+            svg = _run_plots.curve(title, lines, styles, label, log=key == "loss", marked=kind == "evals")
+            drawn.append((title, Markup(svg)))
     return drawn
 
 

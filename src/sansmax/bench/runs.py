@@ -16,6 +16,10 @@ from ._evaluation import Evaluation
 
 __all__ = ["RunRecord", "differences", "find_runs", "flat", "read_run"]
 
+KEYS = (
+    *("sansmax", "commit", "command", "recipe", "classes", "data"),
+    *("network", "machine", "versions", "started"),
+)
 # Where a run is kept and how it is watched; none changes what the network learns.
 NOT_COMPARED = ("out", "resume", "save_every", "keep", "log_every", "tensorboard", "wandb")
 CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
@@ -120,7 +124,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     (folder,) = find_runs([folder]) if not _is_run(folder) else [folder]
     info = _json(folder / "recipe.json", dict)
-    for key in ("recipe", "classes", "data", "network"):
+    for key in KEYS:
         if key not in info:
             raise ValueError(
                 f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; "
@@ -173,8 +177,8 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _evaluation(path: Path, classes: Sequence[str]) -> Evaluation | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("labels", "top", "probabilities", "truth")}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in ("labels", "top", "probabilities", "truth")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
