@@ -63,7 +63,8 @@ def curve(
     values = [v for _, y in lines.values() for v in y]
     if log and values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        # In wide ranges the locator thins out powers of ten, and finds no place for ticks between them.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1e3 * min(values) else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6))

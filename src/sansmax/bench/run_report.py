@@ -94,7 +94,7 @@ COLUMNS = (
     Column("top-1 %", "of the best evaluation", _best("top1"), _percent, max, True),
     Column("top-5 %", "of the same evaluation", _best("top5"), _percent, max),
     Column("loss", "cross-entropy on held-out images, same evaluation", _best("loss"), number, min),
-    Column("epochs", "passes over the training images", lambda run: run.epochs_done, lambda v: f"{v:g}"),
+    Column("epochs", "passes over the training images", lambda run: run.epochs_done, lambda v: f"{v:.4g}"),
     Column("params", "of the whole network", lambda run: run.info["network"].get("params"), count),
     Column(
         "FLOPs / image",
