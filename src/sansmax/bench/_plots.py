@@ -12,8 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 __all__ = [
-    *("INK", "MUTED", "PAPER", "RULE", "STYLES", "Style", "against_softmax", "as_svg", "cost", "curves"),
-    *("draw", "frame", "label_ends", "name_variable", "plain", "styles"),
+    "INK",
+    "MUTED",
+    "PAPER",
+    "RULE",
+    "STYLES",
+    "Style",
+    "against_softmax",
+    "as_svg",
+    "cost",
+    "curves",
+    "draw",
+    "frame",
+    "label_ends",
+    "name_variable",
+    "plain",
+    "styles",
 ]
 
 

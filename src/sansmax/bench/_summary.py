@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 __all__ = [
-    *("BASELINE", "COLUMNS", "NONE", "Cell", "Column", "Row"),
-    *("cells", "count", "duration", "number", "rows", "verdict"),
+    "BASELINE",
+    "COLUMNS",
+    "NONE",
+    "Cell",
+    "Column",
+    "Row",
+    "cells",
+    "count",
+    "duration",
+    "number",
+    "rows",
+    "verdict",
 ]
 
 Results = Mapping[str, Any]

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from .runs import RunRecord, differences, flat, read_run
 __all__ = ["RunRecord", "read_run", "render_run", "render_runs", "table"]
 
 OPEN_CLASSES, MOST_CLASSES = 50, 1000
-MOST_CONFUSIONS = 20
+MOST_CONFUSIONS = 12
 
 
 def render_run(run: RunRecord, defaults: Mapping[str, Any] | None = None) -> str:
@@ -95,7 +94,7 @@ COLUMNS = (
     Column("top-1 %", "of the best evaluation", _best("top1"), _percent, max, True),
     Column("top-5 %", "of the same evaluation", _best("top5"), _percent, max),
     Column("loss", "cross-entropy on held-out images, same evaluation", _best("loss"), number, min),
-    Column("epochs", "passes over the training images", lambda run: run.epochs_done, lambda v: f"{v:g}"),
+    Column("epochs", "passes over the training images", lambda run: run.epochs_done, lambda v: f"{v:.4g}"),
     Column("params", "of the whole network", lambda run: run.info["network"].get("params"), count),
     Column(
         "FLOPs / image",
@@ -104,7 +103,7 @@ COLUMNS = (
         count,
     ),
     Column("img/s", "images per second in training, median", lambda run: run.images_per_s, number, max, True),
-    Column("time", "training time", lambda run: run.seconds, _clock, min, True),
+    Column("time", "training time", lambda run: run.seconds, _clock, None, True),
 )
 
 
@@ -114,12 +113,14 @@ def _rows(runs: Sequence[RunRecord]) -> list[list[Cell]]:
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """The folders' names, with as many of the folders above as tell them apart."""
+    """The folders' names, each with as many of the folders above it as tell it apart."""
     paths = [run.folder.resolve().parts for run in runs]
-    depth = 1
-    while len({p[-depth:] for p in paths}) < len({*paths}):
-        depth += 1
-    return ["/".join(p[-depth:]) for p in paths]
+
+    def name(path: tuple[str, ...]) -> str:
+        ends = (path[-depth:] for depth in range(1, len(path) + 1))
+        return "/".join(next(end for end in ends if all(p == path or p[-len(end) :] != end for p in paths)))
+
+    return [name(path) for path in paths]
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -158,53 +159,51 @@ def _line(
 
 def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
     """[(title, plot)]"""
-    loss = {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")}
     accuracy = {name: _line(run.evals, key, 100) for name, key in (("top-1", "top1"), ("top-5", "top5"))}
-    if not accuracy["top-5"][0]:
-        del accuracy["top-5"]
-    plots = [
-        ("Loss", "loss", loss, {"log": True}),
-        ("Accuracy on held-out images, %", "accuracy", accuracy, {"marked": True}),
+    plots = {
+        "Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")},
+        "Accuracy on held-out images, %": {name: line for name, line in accuracy.items() if line[0]},
+        "Learning rate": {"training": _line(run.train, "lr")},
+        "Gradient norm": {"training": _line(run.train, "grad_norm")},
+        "Training, images per second": {"training": _line(run.train, "images_per_s")},
+        "Time spent waiting for data, %": {"training": _line(run.train, "data_wait", 100)},
+    }
+    logarithmic = ("Loss", "Gradient norm")
+    return [
+        (
+            title,
+            Markup(
+                _run_plots.curve(
+                    title,
+                    lines,
+                    {name: _run_plots.SERIES[name] for name in lines},
+                    log=title in logarithmic,
+                    marked=lines is plots["Accuracy on held-out images, %"],
+                )
+            ),
+        )
+        for title, lines in plots.items()
     ]
-    for title, key, factor in (
-        ("Learning rate", "lr", 1),
-        ("Gradient norm", "grad_norm", 1),
-        ("Training, images per second", "images_per_s", 1),
-        ("Time spent waiting for data, %", "data_wait", 100),
-    ):
-        words = {"log": key == "grad_norm"}
-        plots.append((title, key, {"training": _line(run.train, key, factor)}, words))
-    drawn = []
-    for title, salt, lines, words in plots:
-        styles = {name: _run_plots.SERIES[name] for name in lines}
-        marked = {"marked": False} | words
-        drawn.append((title, Markup(_run_plots.curve(salt, lines, styles, "", **marked))))
-    return drawn
 
 
 def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
+    """[(title, plot)]: three against epochs, the same against time."""
     unit, per = _run_plots.clock_unit(max((run.seconds or 0 for run in runs), default=0))
     styles = _run_plots.palette(len(runs))
     drawn = []
-    for title, kind, key, factor in (
-        ("Training loss", "train", "loss", 1),
-        ("Held-out loss", "evals", "loss", 1),
-        ("Top-1, %", "evals", "top1", 100),
-    ):
-        for x, scale, x_label in (("epoch", 1, "epoch"), ("seconds", per, unit)):
+    for x, scale, label in (("epoch", 1, "epoch"), ("seconds", per, unit)):
+        for title, kind, key, factor in (
+            ("Training loss", "train", "loss", 1),
+            ("Held-out loss", "evals", "loss", 1),
+            ("Top-1, %", "evals", "top1", 100),
+        ):
             lines = {
-                str(i + 1): _line(getattr(run, kind), key, factor, x, scale) for i, run in enumerate(runs)
+                name: _line(getattr(run, kind), key, factor, x, scale)
+                for name, run in zip(styles, runs, strict=True)
             }
-            svg = _run_plots.curve(
-                f"{kind}-{key}-{x}",
-                lines,
-                styles,
-                "",
-                x_label,
-                log=key == "loss",
-                marked=kind == "evals",
-            )
-            drawn.append((f"{title}, by {'epochs' if x == 'epoch' else 'time'}", Markup(svg)))
+            title += ", against " + ("epochs" if x == "epoch" else "time")
+            svg = _run_plots.curve(title, lines, styles, label, log=key == "loss", marked=kind == "evals")
+            drawn.append((title, Markup(svg)))
     return drawn
 
 
@@ -247,27 +246,20 @@ def _picture(picture: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """[{"field", "value", "default", "changed"}]"""
-    base = flat(defaults or {})
+    base = flat(recipe if defaults is None else defaults)
     return [
-        {
-            "field": field,
-            "value": value,
-            "default": base.get(field),
-            "changed": field in base and base[field] != value,
-        }
+        {"field": field, "value": value, "default": base.get(field), "changed": base.get(field) != value}
         for field, value in flat(recipe).items()
     ]
 
 
 def _words(value: Any) -> str:
     """A field's value as a flag takes it."""
-    if value is None or value == "":
-        return NONE
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, list | tuple):
         return " ".join(map(_words, value)) or NONE
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return NONE if value in (None, "") else value if isinstance(value, str) else json.dumps(value)
 
 
 def _pairs(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

@@ -16,6 +16,10 @@ from ._evaluation import Evaluation
 
 __all__ = ["RunRecord", "differences", "find_runs", "flat", "read_run"]
 
+KEYS = (
+    *("sansmax", "commit", "command", "recipe", "classes", "data"),
+    *("network", "machine", "versions", "started"),
+)
 # Where a run is kept and how it is watched; none changes what the network learns.
 NOT_COMPARED = ("out", "resume", "save_every", "keep", "log_every", "tensorboard", "wandb")
 CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
@@ -23,9 +27,13 @@ CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
 
 @dataclass(frozen=True)
 class RunRecord:
+<<<<<<< HEAD
     """A run folder. `info` is recipe.json, `train` and `evals` the lines of metrics.jsonl, finite values
     only.
 
+=======
+    """A run folder: recipe.json (`info`) and the lines of metrics.jsonl (`train`, `evals`), finite only;
+>>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
     `evaluation` is None, `gallery` and `skipped` are empty where the run has not come so far.
     """
 
@@ -114,7 +122,11 @@ def _is_run(path: Path) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """The run folder, also of a run that goes on or was killed.
 
+<<<<<<< HEAD
     Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, its
+=======
+    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, the
+>>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
     later line counts.
 
     Raises:
@@ -122,11 +134,16 @@ def read_run(folder: Path) -> RunRecord:
     """
     (folder,) = find_runs([folder]) if not _is_run(folder) else [folder]
     info = _json(folder / "recipe.json", dict)
-    for key in ("recipe", "classes", "data", "network"):
+    for key in KEYS:
         if key not in info:
             raise ValueError(
+<<<<<<< HEAD
                 f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; name "
                 "another run"
+=======
+                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; "
+                f"name another run"
+>>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
             )
     train, evals = _metrics(folder / "metrics.jsonl")
     return RunRecord(
@@ -161,7 +178,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             line = json.loads(words)
         except ValueError:
             continue
-        before = lines.get(line.get("kind")) if isinstance(line, dict) else None
+        before = lines.get(str(line.get("kind"))) if isinstance(line, dict) else None
         if before is None:
             continue
         line = {k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
@@ -175,8 +192,8 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def _evaluation(path: Path, classes: Sequence[str]) -> Evaluation | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name] for name in ("labels", "top", "probabilities", "truth")]
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in ("labels", "top", "probabilities", "truth")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -184,17 +201,14 @@ def _evaluation(path: Path, classes: Sequence[str]) -> Evaluation | None:
             f"{path}: expected labels, top, probabilities and truth, got a file that cannot be read "
             f"({str(error).strip(chr(39))}); remove it for a report without it"
         ) from None
-    return Evaluation(*arrays, classes) if len(arrays[0]) else None
+    return Evaluation(**arrays, classes=classes) if arrays["labels"].size else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} as {"optim.lr": 1}."""
+    """{"optim": {"lr": 1}, "model_args": {}} as {"optim.lr": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
 
 

@@ -31,28 +31,26 @@ __all__ = ["run"]
 
 PICTURES = 12  # of either kind in the report
 # What may differ between the command that began a run and the one that goes on with it.
-FREE = set(
-    [
-        "out",
-        "resume",
-        "save_every",
-        "keep",
-        "log_every",
-        "bad_steps",
-        "tensorboard",
-        "wandb",
-        "device",
-        "parallel",
-        "compile",
-        "channels_last",
-        "checkpointing",
-        "accumulate",
-        "weights",
-        "data.workers",
-        "data.root",
-        "data.download",
-    ]
-)
+FREE = {
+    "out",
+    "resume",
+    "save_every",
+    "keep",
+    "log_every",
+    "bad_steps",
+    "tensorboard",
+    "wandb",
+    "device",
+    "parallel",
+    "compile",
+    "channels_last",
+    "checkpointing",
+    "accumulate",
+    "weights",
+    "data.workers",
+    "data.root",
+    "data.download",
+}
 
 
 def run(recipe: Recipe, console: Console | None = None, command: str | None = None) -> Outcome:
@@ -374,7 +372,8 @@ def _gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
 
 
 def _report(folder: Path, console: Console) -> None:
-    from ..bench.run_report import read_run, render_run
+    from ..bench.run_report import render_run
+    from ..bench.runs import read_run
 
-    write_text(folder / "report.html", render_run(read_run(folder)))
+    write_text(folder / "report.html", render_run(read_run(folder), Recipe().to_json()))
     console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False)
