@@ -4,16 +4,20 @@ import base64
 import io
 import json
 import math
+import re
+from html.parser import HTMLParser
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
-<<<<<<< HEAD
-=======
 from rich.console import Console
 from torchmetrics.functional.classification import binary_calibration_error
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
 
-from sansmax.bench._evaluation import Evaluation
+from sansmax import cli
+from sansmax.bench import runs
+from sansmax.bench._evaluation import Evaluation, agreement, refusal
+from sansmax.bench.run_report import read_run, render_run, render_runs, table
 
 EVIL = "<script>alert('&')</script>"
 CLASSES = [EVIL, 'a "quoted" & name', "\N{CAT FACE} caf\u00e9", "line\nbreak " + "long" * 30]

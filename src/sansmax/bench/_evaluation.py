@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""What an evaluation says of a network: its confusions, its classes, how sure it is, and with whom it
-agrees."""
-=======
 """What an evaluation says of a network: what it confuses, how sure it is, and with whom it agrees."""
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,13 +43,8 @@ class ClassFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-<<<<<<< HEAD
-    """evaluation.npz: labels (N,), top (N, k) classes by falling probability, probabilities (N, k), truth
-    (N,).
-=======
     """evaluation.npz: labels (N,); top (N, k), classes by falling probability; probabilities (N, k) of those;
     truth (N,), the probability of the label.
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
 
     Raises:
         ValueError: the shapes or the classes do not go together.
@@ -199,17 +189,11 @@ def refusal(first: Evaluation | None, second: Evaluation | None) -> str | None:
 def agreement(first: Evaluation, second: Evaluation) -> Agreement:
     """Of two evaluations of the same images.
 
-<<<<<<< HEAD
-    With b images on which the first alone is right and c with the second alone, p = P(X <= min(b, c) or
-    X >= max(b, c)) for X ~ Binomial(b + c, 1/2): how often chance alone makes them differ so much (McNemar
-    1947).
-=======
     With b images on which the first alone is right and c on which the second alone is,
 
         p = min(1, 2 P(X <= min(b, c))),  X ~ Binomial(b + c, 1/2),
 
     is how often chance alone makes two that are equally good differ so much (McNemar 1947, exact).
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
     """
     from scipy.stats import binomtest
 

@@ -27,13 +27,7 @@ CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
 
 @dataclass(frozen=True)
 class RunRecord:
-<<<<<<< HEAD
-    """A run folder. `info` is recipe.json, `train` and `evals` the lines of metrics.jsonl, finite values
-    only.
-
-=======
     """A run folder: recipe.json (`info`) and the lines of metrics.jsonl (`train`, `evals`), finite only;
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
     `evaluation` is None, `gallery` and `skipped` are empty where the run has not come so far.
     """
 
@@ -122,11 +116,7 @@ def _is_run(path: Path) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """The run folder, also of a run that goes on or was killed.
 
-<<<<<<< HEAD
-    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, its
-=======
     Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, the
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
     later line counts.
 
     Raises:
@@ -137,13 +127,8 @@ def read_run(folder: Path) -> RunRecord:
     for key in KEYS:
         if key not in info:
             raise ValueError(
-<<<<<<< HEAD
-                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; name "
-                "another run"
-=======
                 f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; "
                 f"name another run"
->>>>>>> de6658fb5ed22eb2d52b49e895329ca751653041
             )
     train, evals = _metrics(folder / "metrics.jsonl")
     return RunRecord(
