@@ -89,4 +89,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
-    return str(error) or type(error).__name__
+    words = str(error).strip() or type(error).__name__
+    # A worker of a DataLoader brings its traceback along; the last line says what happened.
+    return words.splitlines()[-1] if "DataLoader worker process" in words else words

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..bench import measure
-from ..tasks._data.batches import Source
+from ..tasks._data.batches import InMemory, Source
 from ..tasks._data.sources import open_source
 from ..tasks.classification import Classification, Teacher
 from . import parallel
@@ -105,7 +105,7 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         tensors = parallel.weights(evaluated) if best_so_far or last else {}
         if not made.is_main_process:
             return
-        metadata = _metadata(recipe, about, point)
+        metadata = _metadata(recipe, about, point, 1.0 if isinstance(source, InMemory) else recipe.eval_crop)
         for name in ["best"] * best_so_far + ["weights"] * last:
             content = safetensors.torch.save(_plain(tensors), metadata)
             replace_file(
@@ -303,7 +303,9 @@ def _about(recipe: Recipe, source: Source, model: nn.Module, command: str | None
     }
 
 
-def _metadata(recipe: Recipe, about: dict[str, Any], point: dict[str, float]) -> dict[str, str]:
+def _metadata(
+    recipe: Recipe, about: dict[str, Any], point: dict[str, float], crop: float
+) -> dict[str, str]:
     """What load_network needs to build the network again and to show it images."""
     of = about["network"]
     kind = recipe.augment.interpolation
@@ -317,7 +319,7 @@ def _metadata(recipe: Recipe, about: dict[str, Any], point: dict[str, float]) ->
         "in_chans": str(of["in_chans"]),
         "mean": json.dumps(of["mean"]),
         "std": json.dumps(of["std"]),
-        "eval_crop": str(recipe.eval_crop),
+        "eval_crop": str(crop),
         "interpolation": "bicubic" if kind == "random" else kind,
         "epoch": str(point["epoch"]),
         "top1": str(point["top1"]),

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import Images
 from ._decode import reason
+from ._posterize import mended
 from .draws import Part, draw, generator, order
 from .settings import Augment, Data
 from .split import Split
@@ -304,7 +305,7 @@ class Plan:
 
 def training_view(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Any:
     """timm's training transform, up to uint8."""
-    return create_transform(
+    transform = create_transform(
         size,
         is_training=True,
         scale=augment.scale,
@@ -316,6 +317,7 @@ def training_view(augment: Augment, size: tuple[int, int], mean: Sequence[float]
         mean=tuple(mean),
         use_prefetcher=True,
     )
+    return mended(transform)
 
 
 def evaluation_view(size: tuple[int, int], crop: float, augment: Augment, mean: Sequence[float]) -> Any:
