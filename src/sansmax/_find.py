@@ -2,14 +2,19 @@
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable
 from types import ModuleType
 
 
 def names(package: str) -> list[str]:
-    """The public modules of `package`, sorted: every file or folder without a leading underscore."""
-    path = importlib.import_module(package).__path__
+    """The public modules of `package`, sorted: every file or folder without a leading underscore.
+
+    The package itself is not imported.
+    """
+    spec = importlib.util.find_spec(package)
+    path = (spec and spec.submodule_search_locations) or []
     return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
 

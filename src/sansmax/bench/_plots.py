@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-__all__ = ["Style", "against_softmax", "cost", "curves", "name_variable", "styles"]
+__all__ = [
+    *("INK", "MUTED", "PAPER", "RULE", "STYLES", "Style", "against_softmax", "as_svg", "cost", "curves"),
+    *("draw", "frame", "label_ends", "name_variable", "plain", "styles"),
+]
 
 
 class Style(NamedTuple):
@@ -60,7 +63,7 @@ def cost(
     sweeps: Mapping[str, Sequence[Point]], key: str, label: str, crossovers: Mapping[str, int | None]
 ) -> str:
     """`key` ("latency_ms", "memory_mb") against tokens, log-log; a ring on softmax's line at a crossover."""
-    figure, axes = _figure(5.6, 4.3, right=0.745)
+    figure, axes = frame(5.6, 4.3, right=0.745)
     ends = {}
     for name, points in sweeps.items():
         x, y = _xy(points, "tokens", key, positive=True)
@@ -79,13 +82,13 @@ def cost(
         if tokens is not None and x and x[0] < tokens <= x[-1]:
             ring = {"mfc": "none", "mec": styles([name])[name].light, "ms": 9, "mew": 1.6, "zorder": 5}
             axes.plot([tokens], [_interpolate(tokens, x, y)], marker="o", linestyle="none", **ring)
-    _labels(figure, axes, ends)
-    return _svg(figure, f"cost-{key}", sweeps)
+    label_ends(figure, axes, ends, styles(ends))
+    return as_svg(figure, f"cost-{key}", styles(sweeps))
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label: str) -> str:
     """`key` ("loss", "accuracy") against epochs: the mean over seeds, the range over seeds behind it."""
-    figure, axes = _figure(5.6, 4.0, right=0.745)
+    figure, axes = frame(5.6, 4.0, right=0.745)
     ends = {}
     for name, seeds in runs.items():
         by_epoch: dict[int, list[float]] = {}
@@ -105,15 +108,15 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, label: str
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6))
-    _labels(figure, axes, ends)
-    return _svg(figure, f"curve-{key}", runs)
+    label_ends(figure, axes, ends, styles(ends))
+    return as_svg(figure, f"curve-{key}", styles(runs))
 
 
 def against_softmax(
     name: str, points: Sequence[Point], softmax: Sequence[Point], crossover: int | None
 ) -> str:
     """Small: latency of one mechanism and of softmax, the crossover as a vertical line."""
-    figure, axes = _figure(3.5, 1.75, left=0.13, right=0.98, bottom=0.2, top=0.97)
+    figure, axes = frame(3.5, 1.75, left=0.13, right=0.98, bottom=0.2, top=0.97)
     for line, sequence in {"softmax": softmax, name: points}.items():
         x, y = _xy(sequence, "tokens", "latency_ms", positive=True)
         if x:
@@ -125,12 +128,17 @@ def against_softmax(
     axes.yaxis.set_minor_locator(NullLocator())
     if crossover is not None and crossover > min(p["tokens"] for p in points):
         axes.axvline(crossover, color=MUTED, linewidth=1, dashes=(3, 2))
-    return _svg(figure, f"one-{name}", [name, "softmax"])
+    return as_svg(figure, f"one-{name}", styles([name, "softmax"]))
 
 
-def _figure(width: float, height: float, *, right: float, left=0.115, bottom=0.125, top=0.975):
+def frame(width: float, height: float, *, right: float, left=0.115, bottom=0.125, top=0.975):
+    """A figure, in inches, with axes that lie between these shares of it."""
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((left, bottom, right - left, top - bottom))
+    return figure, plain(figure.add_axes((left, bottom, right - left, top - bottom)))
+
+
+def plain(axes: Axes) -> Axes:
+    """Itself with the page's rules and inks."""
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -139,22 +147,29 @@ def _figure(width: float, height: float, *, right: float, left=0.115, bottom=0.1
     axes.tick_params(which="both", color=RULE, labelcolor=MUTED, labelsize=9, length=3)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=MUTED, fontsize=9.5)
-    return figure, axes
+    return axes
 
 
 def _line(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], every: int = 1, size: float = 4.5):
-    style = styles([name])[name]
+    softmax = {"linewidth": 2.4, "zorder": 4} if name == "softmax" else {}
+    draw(axes, styles([name])[name], x, y, markevery=every, markersize=size, **softmax)
+
+
+def draw(axes: Axes, style: Style, x: Sequence[float], y: Sequence[float], **words: Any) -> None:
+    """A line; `words` are matplotlib's."""
     (line,) = axes.plot(
         x,
         y,
-        color=style.light,
-        marker=style.marker,
-        markersize=size,
-        markevery=every,
-        markeredgecolor=PAPER,
-        markeredgewidth=0.6,
-        linewidth=2.4 if name == "softmax" else 1.5,
-        zorder=4 if name == "softmax" else 3,
+        **{
+            "color": style.light,
+            "marker": style.marker,
+            "markersize": 4.5,
+            "markeredgecolor": PAPER,
+            "markeredgewidth": 0.6,
+            "linewidth": 1.5,
+            "zorder": 3,
+        }
+        | words,
     )
     if style.dash:
         line.set_dashes(style.dash)
@@ -187,7 +202,12 @@ def _short(count: int) -> str:
     return f"{count:,}".replace(",", "\N{THIN SPACE}")
 
 
-def _labels(figure: Figure, axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+def label_ends(
+    figure: Figure,
+    axes: Axes,
+    ends: Mapping[str, tuple[float, float]],
+    styles: Mapping[str, Style],
+) -> None:
     """Each line's name beside the plot at the height of its end, moved apart where two would touch."""
     if not ends:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
@@ -198,7 +218,7 @@ def _labels(figure: Figure, axes: Axes, ends: Mapping[str, tuple[float, float]])
     at = {name: to_axes.transform(end) for name, end in ends.items()}
     places = _apart({name: y for name, (_, y) in at.items()}, 11.5 * figure.dpi / 72 / height)
     for name, place in places.items():
-        style = styles([name])[name]
+        style = styles[name]
         axes.annotate(
             name,
             xy=tuple(at[name]),
@@ -246,7 +266,7 @@ def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
     }
 
 
-def _svg(figure: Figure, salt: str, names: Iterable[str]) -> str:
+def as_svg(figure: Figure, salt: str, styles: Mapping[str, Style]) -> str:
     """An <svg> element that scales with its container; colours become the page's CSS variables."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "axes.unicode_minus": True}):
         buffer = io.StringIO()
@@ -258,7 +278,7 @@ def _svg(figure: Figure, salt: str, names: Iterable[str]) -> str:
     # Groups are numbered alike in every figure; only shapes and clip paths are referred to.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*?sans-serif", "var(--font)", svg)
-    colours = {style.light: f"var(--{name_variable(name)})" for name, style in styles(names).items()} | PAGE
+    colours = {style.light: f"var(--{name_variable(name)})" for name, style in styles.items()} | PAGE
     pattern = "|".join(map(re.escape, colours))
     return re.sub(pattern, lambda match: colours[match[0]], svg)
 

@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["BASELINE", "COLUMNS", "Cell", "Row", "count", "duration", "number", "rows", "verdict"]
+__all__ = [
+    *("BASELINE", "COLUMNS", "NONE", "Cell", "Column", "Row"),
+    *("cells", "count", "duration", "number", "rows", "verdict"),
+]
 
 Results = Mapping[str, Any]
 Mechanism = Mapping[str, Any]
@@ -37,7 +40,7 @@ def duration(milliseconds: float) -> str:
 class Column:
     title: str
     hint: str
-    value: Callable[[Mechanism], float | None]
+    value: Callable[[Any], float | None]
     text: Callable[[float], str] = number
     best: Callable[[Iterable[float]], float] | None = None
     bar: bool = False
@@ -83,30 +86,31 @@ class Row(NamedTuple):
 def rows(results: Results) -> list[Row]:
     """The table: softmax first, then by falling accuracy."""
     mechanisms = results["mechanisms"]
-    columns = [_cells(column, mechanisms) for column in COLUMNS]
+    columns = [cells(column, mechanisms) for column in COLUMNS]
     return [
-        Row(name, tuple(cells[name] for cells in columns), _crossover(name, mechanisms))
+        Row(name, tuple(column[name] for column in columns), _crossover(name, mechanisms))
         for name in sorted(mechanisms, key=lambda n: (n != BASELINE, -(_accuracy(mechanisms[n]) or 0.0)))
     ]
 
 
-def _cells(column: Column, mechanisms: Mapping[str, Mechanism]) -> dict[str, Cell]:
+def cells(column: Column, mechanisms: Mapping[str, Any]) -> dict[str, Cell]:
+    """The column's cell for each name; the ratio to softmax where that is among them."""
     values = {name: _finite(column.value(m)) for name, m in mechanisms.items()}
     known = [value for value in values.values() if value is not None]
     best = column.best(known) if column.best and len(known) > 1 else None
     base = values.get(BASELINE)
-    cells = {}
+    found = {}
     for name, value in values.items():
         if value is None:
-            cells[name] = Cell(NONE)
+            found[name] = Cell(NONE)
             continue
         if column.title.startswith("accuracy"):
             note = _seed_range(mechanisms[name])
         else:
             note = f"\N{MULTIPLICATION SIGN}{number(value / base, 2)}" if base and name != BASELINE else ""
         bar = value / max(known) if column.bar and max(known) > 0 else 0.0
-        cells[name] = Cell(column.text(value), note, bar, value == best)
-    return cells
+        found[name] = Cell(column.text(value), note, bar, value == best)
+    return found
 
 
 def _finite(value: float | None) -> float | None:

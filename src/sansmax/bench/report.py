@@ -1,20 +1,15 @@
 """The report of a comparison: one HTML file that needs no network, and the same table for the terminal."""
 
-import base64
-import re
 import shlex
-import struct
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from . import _plots
+from . import _page, _plots
 from ._summary import BASELINE, COLUMNS, Results, rows, verdict
 
 __all__ = ["render", "table"]
@@ -26,13 +21,9 @@ def render(results: Results, gallery: Sequence[Mapping[str, Any]] = ()) -> str:
     Args:
         gallery: [{"png": bytes, "truth": str, "predictions": {mechanism: str}}], shown in this order.
     """
-    template = files("sansmax.bench").joinpath("_report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"variable": _plots.name_variable, "powers": _powers}
     mechanisms = results["mechanisms"]
-    return environment.from_string(template).render(
+    return _page.render(
+        "_report.html.jinja",
         results=results,
         rows=rows(results),
         columns=COLUMNS,
@@ -68,18 +59,10 @@ def _one(name: str, mechanisms: Mapping[str, Any]) -> str:
     return _plots.against_softmax(name, mechanism["sweep"], softmax, mechanism["crossover_tokens"])
 
 
-def _powers(formula: str) -> Markup:
-    """N D^2 with a raised 2."""
-    return Markup(re.sub(r"\^(\w+)", r"<sup>\1</sup>", str(escape(formula))))
-
-
 def _picture(picture: Mapping[str, Any]) -> dict[str, Any]:
     truth, predictions = picture["truth"], picture["predictions"]
-    # An image header holds the width at byte 16: small pictures are shown as the squares they are.
-    (width,) = struct.unpack(">I", picture["png"][16:20])
     return {
-        "src": "data:image/png;base64," + base64.b64encode(picture["png"]).decode(),
-        "pixels": width <= 64,
+        **_page.picture(picture["png"]),
         "truth": truth,
         "mistakes": {name: said for name, said in predictions.items() if said != truth},
         "asked": len(predictions),

@@ -2,7 +2,7 @@
 
 A command is a file of this folder with a function `main`: its typed arguments are the flags, its docstring is
 the help, and the first line of the file's docstring is what the list of commands says. Heavy imports belong
-inside the function.
+inside the function. A command whose flags depend on its arguments has a function `run(arguments)` instead.
 """
 
 import ast
@@ -53,6 +53,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
     module = _find.load(__name__, command)
     try:
+        if hasattr(module, "run"):
+            return module.run(arguments)
         code = tyro.cli(
             module.main, args=arguments, prog=f"sansmax {command}", config=(tyro.conf.FlagCreatePairsOff,)
         )

@@ -1,96 +1,102 @@
-"""Which class an image belongs to: batches, augmentation, loss, metric."""
+"""Which class an image belongs to: batches, loss, evaluation."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor, nn
 
-from ._data import Images
+from ._data.batches import Batch, Source
+from ._data.draws import Part
+from ._data.settings import Augment
+from ._data.views import Mixing, erase
 
-__all__ = ["Classification", "augment"]
+__all__ = ["Classification", "Teacher"]
 
-AREA = (0.35, 1.0)  # share of a photo that a random crop keeps
-RATIO = (3 / 4, 4 / 3)  # its width over its height
-SHIFT = (
-    1 / 16
-)  # of the side, each way, for images that may not be mirrored: half a pixel of the digits' eight
+
+class Teacher:
+    """A trained network whose opinion of the same images is learned too.
+
+    loss = (1 - alpha) * loss of the labels + alpha * loss of the teacher, which is cross-entropy with its
+    first choice (hard), or tau^2 * KL(teacher || student) at temperature tau (soft). A network that returns
+    two outputs in training (DeiT's distillation token) learns the labels with the first, the teacher with
+    the second.
+    Source: DeiT (https://arxiv.org/abs/2012.12877), section 4, equations 2 and 3, with the published code's
+        tau^2.
+    """
+
+    def __init__(self, model: nn.Module, kind: str = "hard", alpha: float = 0.5, tau: float = 1.0) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.kind, self.alpha, self.tau = kind, alpha, tau
+
+    @torch.no_grad()
+    def opinion(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.model(images)
+
+    def loss(self, outputs: Tensor, opinion: Tensor) -> Tensor:
+        """Of the student's logits, mean over the batch."""
+        if self.kind == "hard":
+            return F.cross_entropy(outputs, opinion.argmax(1))
+        student, teacher = ((x.float() / self.tau).log_softmax(1) for x in (outputs, opinion))
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.tau**2
 
 
 class Classification:
-    """Cross-entropy on images in memory; inputs are normalised by the training set's mean and deviation.
+    """Cross-entropy on the images of a source; inputs are normalised.
 
     Args:
-        images: see sansmax.tasks._data.
-        device: where batches are made; the images themselves stay on the CPU.
-        label_smoothing: of the training loss.
+        source: see sansmax.tasks._data.batches.
+        augment: of training images.
+        teacher: learned from besides the labels.
     """
 
     score = "accuracy"
 
-    def __init__(
-        self, images: Images, device: str | torch.device = "cpu", label_smoothing: float = 0.1
-    ) -> None:
-        self.images, self.device, self.label_smoothing = images, torch.device(device), label_smoothing
-        self.mean, self.std = (t.to(self.device)[:, None, None] for t in images.mean_std())
-        self.train_size, self.val_size = len(images.train_labels), len(images.val_labels)
+    def __init__(self, source: Source, augment: Augment, teacher: Teacher | None = None) -> None:
+        self.source, self.augment, self.teacher = source, augment, teacher
+        self.classes = source.classes
+        self.train_size, self.val_size = source.train_size, source.val_size
+        self._mixing = Mixing(augment, len(self.classes)) if augment.mixup or augment.cutmix else None
 
-    def train_batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented float32 images (B, C, size, size) and labels (B,) of these training images."""
-        pixels, labels = self._take(self.images.train_images, self.images.train_labels, index)
-        return augment(self.normalised(pixels), self.images.photos, generator, self._black()), labels
+    def train_batches(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Tensor, Any]]:
+        """Inputs and targets for `loss`: this process's pieces of the epoch, from its update `update` on."""
+        updates = self.train_size // part.batch_size
+        for number, batch in enumerate(self.source.train(epoch, update, part), update * part.accumulate):
+            yield self._changed(batch, part.seed, epoch * updates + number // part.accumulate)
 
-    def val_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The held-out images of these positions, as they are, and labels."""
-        pixels, labels = self._take(self.images.val_images, self.images.val_labels, index)
-        return self.normalised(pixels), labels
+    def _changed(self, batch: Batch, seed: int, update: int) -> tuple[Tensor, Any]:
+        images, labels = batch.images, batch.labels
+        if self.augment.reprob:
+            images = erase(images, batch.boxes, seed, update)
+        if self._mixing is not None:
+            images, labels = self._mixing(images, labels, seed, update)
+        return images, labels if self.teacher is None else (labels, self.teacher.opinion(images))
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, C, size, size) as float32 with the training set's mean 0 and deviation 1."""
-        return (pixels.float() / 255 - self.mean) / self.std
+    def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]:
+        """This process's share of the held-out images."""
+        return self.source.val(rank, world, batch_size)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of logits (B, classes) and labels (B,)."""
-        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Mean cross-entropy of logits (B, classes) with labels (B,) or shares of classes (B, classes), and
+        what the teacher adds."""
+        first, second = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        labels, opinion = targets if self.teacher is not None else (targets, None)
+        # Mixed targets are smoothed already.
+        smoothing = self.augment.smoothing if labels.ndim == 1 else 0.0
+        base = F.cross_entropy(first.float(), labels, label_smoothing=smoothing)
+        if self.teacher is None or opinion is None:
+            return base
+        return (1 - self.teacher.alpha) * base + self.teacher.alpha * self.teacher.loss(
+            second.float(), opinion
+        )
 
-    def metric(self) -> Metric:
-        """Share of the images whose highest logit is their class."""
-        return MulticlassAccuracy(len(self.images.classes), average="micro").to(self.device)
-
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """Class indices (B,)."""
-        return outputs.argmax(1)
-
-    def _take(self, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        return images[index].to(self.device), labels[index].to(self.device)
-
-    def _black(self) -> Tensor:
-        return -self.mean / self.std
-
-
-def augment(images: Tensor, photos: bool, generator: torch.Generator, black: Tensor) -> Tensor:
-    """Another view of each image, in one resampling of the whole batch: no loop over images.
-
-    Args:
-        images: float (B, C, height, width).
-        photos: True crops 35 to 100 % of the area at ratios 3:4 to 4:3 and mirrors every other image; False
-            shifts by up to 1/16 of the side.
-        generator: on the CPU, so that all devices draw the same views.
-        black: (C, 1, 1), what lies outside the image.
-    """
-    batch = len(images)
-    area, ratio, x, y, mirror = torch.rand(5, batch, generator=generator)
-    x, y = 2 * x - 1, 2 * y - 1
-    if photos:
-        area = AREA[0] + (AREA[1] - AREA[0]) * area
-        ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        x, y = x * (1 - width), y * (1 - height)
-        width = torch.where(mirror < 0.5, -width, width)
-    else:
-        width = height = torch.ones(batch)
-        x, y = 2 * SHIFT * x, 2 * SHIFT * y
-    zero = torch.zeros(batch)
-    theta = torch.stack([width, zero, x, zero, height, y], 1).view(batch, 2, 3).to(images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images - black, grid, align_corners=False) + black
+    def verdict(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """What an evaluation keeps of each image, (B, 4 + 2 k) float64: position, label, cross-entropy, the
+        label's probability, then the k <= 5 most probable classes and their probabilities."""
+        logs = outputs.float().log_softmax(1)
+        truth = logs.gather(1, batch.labels[:, None])
+        top = logs.exp().topk(min(5, logs.shape[1]), 1)
+        columns = [batch.positions[:, None].to(logs.device), batch.labels[:, None], -truth, truth.exp()]
+        return torch.cat([c.double() for c in (*columns, top.indices, top.values)], 1).cpu()

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["prepare_folder", "read_json", "replace_file", "write_json", "write_text"]
+import torch
+
+__all__ = ["States", "prepare_folder", "read_json", "replace_file", "write_json", "write_text"]
 
 PROBE_BYTES = 2**20
 
@@ -55,12 +57,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise _refused(path, error) from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The name of a file lasts through a power cut once its folder is synced."""
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _refused(path: Path, error: OSError) -> OSError:
@@ -91,3 +104,50 @@ def read_json(path: Path) -> Any:
             f"out: expected JSON in {path}, got something else; remove the file and run again, or name "
             f"another folder with --out"
         ) from None
+
+
+class States:
+    """Resumable states of a run in a folder: `state-<update>.pt`, the last `keep` of them.
+
+    A state is a dictionary of tensors, numbers, text, lists and dictionaries, read back without executing
+    anything.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """From the oldest to the newest."""
+        return sorted(self.folder.glob("state-*.pt"))
+
+    def save(self, update: int, state: dict[str, Any]) -> Path:
+        """Writes a state whole or not at all, then removes what is older than the last `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"state-{update:09d}.pt"
+        replace_file(path, lambda temporary: torch.save(state, temporary))
+        for old in self.paths()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest state that can be read, or None where there is none; left-overs of killed runs go away.
+
+        Raises:
+            ValueError: there are states, but none can be read.
+        """
+        for left in self.folder.glob(".state-*"):
+            left.unlink(missing_ok=True)
+        broken = []
+        for path in reversed(self.paths()):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (
+                Exception
+            ) as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, OSError and more
+                broken.append(f"{path.name} ({' '.join(str(error).split())[:80]})")
+        if broken:
+            raise ValueError(
+                f"resume: expected a readable state in {self.folder}, got {', '.join(broken)}; remove the "
+                "folder to begin anew"
+            )
+        return None

@@ -19,11 +19,22 @@ from ..bench import measure
 from ..bench.report import render
 from ..bench.sweep import crossover, sweep
 from ..tasks._data import Images, load_images
+from ..tasks._data.batches import InMemory
 from ..tasks.classification import Classification
-from ._config import BASELINE, CompareConfig, check_continues, checked, completed, network, settings
+from ._config import (
+    BASELINE,
+    CompareConfig,
+    augmentation,
+    check_continues,
+    checked,
+    completed,
+    network,
+    recipe,
+    settings,
+)
 from ._gallery import gallery
 from .checkpoint import prepare_folder, read_json, write_json, write_text
-from .loop import Budget, train
+from .loop import train
 
 __all__ = ["CompareConfig", "compare"]
 
@@ -107,7 +118,7 @@ def _train_all(
     config: CompareConfig, images: Images, folder: Path, records: Records, console: Console
 ) -> None:
     assert config.epochs is not None
-    task = Classification(images, config.device)
+    task = _task(config, images)
     todo = [
         (name, seed)
         for name, record in records.items()
@@ -125,12 +136,9 @@ def _train_all(
                 model = network(config, images, name, seed)
                 if "flops" not in record:
                     record["params"] = sum(p.numel() for p in model.parameters())
-                    record["flops"] = measure.count_flops(model, task.val_batch(torch.arange(1))[0].cpu())
+                    record["flops"] = measure.count_flops(model, _one_image(task).cpu())
                 outcome = train(
-                    model,
-                    task,
-                    Budget(config.epochs, config.batch_size, config.lr, seed=seed, device=config.device),
-                    on_epoch=lambda _: progress.advance(bar),
+                    model, task, recipe(config, images, seed), on_epoch=lambda *_: progress.advance(bar)
                 )
             record["runs"].append(
                 {
@@ -138,7 +146,10 @@ def _train_all(
                     "accuracy": 100 * outcome.score,
                     "train_seconds": outcome.train_seconds,
                     "images_per_s": outcome.images_per_s,
-                    "curve": [{**point, "accuracy": 100 * point["accuracy"]} for point in outcome.curve],
+                    "curve": [
+                        {"epoch": p["epoch"], "loss": p["loss"], "accuracy": 100 * p["top1"]}
+                        for p in outcome.curve
+                    ],
                     "predictions": outcome.predictions,
                 }
             )
@@ -169,7 +180,7 @@ def _measure_all(
     """Latency and memory of one image, all mechanisms in turn; then the sweep over token counts."""
     if not all("latency_ms" in record for record in records.values()):
         with console.status("measuring latency and memory"), torch.inference_mode():
-            image = Classification(images, config.device).val_batch(torch.arange(1))[0]
+            image = _one_image(_task(config, images))
             models = {name: network(config, images, name).to(config.device).eval() for name in records}
             calls = {name: _call(model, image) for name, model in models.items()}
             seconds = measure.interleaved(calls, seconds=0.4 * len(calls), device=config.device)
@@ -189,6 +200,16 @@ def _measure_all(
                 name, dim=mixer.dim, num_heads=mixer.num_heads, device=config.device, max_tokens=limit
             )
             write_json(folder / f"{name}.json", records[name])
+
+
+def _task(config: CompareConfig, images: Images) -> Classification:
+    augment = augmentation(images)
+    return Classification(InMemory(images, augment, torch.device(config.device)), augment)
+
+
+def _one_image(task: Classification) -> Tensor:
+    """(1, C, size, size) on the device."""
+    return next(task.val_batches(0, 1, 1)).images
 
 
 def _say(console: Console, line: str) -> None:

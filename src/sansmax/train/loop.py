@@ -1,149 +1,196 @@
-"""The training loop, from top to bottom: seeds, optimiser, schedule, epochs, evaluation."""
+"""The training loop, from top to bottom: device, network, optimiser, state, updates, evaluation."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
-from timm.scheduler.cosine_lr import CosineLRScheduler
+from rich.console import Console
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-__all__ = ["Budget", "Outcome", "Task", "evaluate", "train"]
+from ..tasks._data.batches import Batch
+from ..tasks._data.draws import Part, draw
+from . import optim, parallel
+from .evaluation import evaluate, scores
+from .guard import Interrupted, NormBuffers, Signals, in_words
+from .log import Log
+from .recipe import Recipe
+from .state import Keeper
+
+__all__ = ["Outcome", "Task", "train"]
 
 
 class Task(Protocol):
     """What the loop asks of a task (sansmax.tasks)."""
 
-    score: str  # what the metric is called
     train_size: int
     val_size: int
 
-    def train_batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
-    def val_batch(self, index: Tensor) -> tuple[Tensor, Tensor]: ...
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor: ...
-    def metric(self) -> Metric: ...
-    def predictions(self, outputs: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long and how fast to learn; `batch_size` counts the images of all processes together."""
-
-    epochs: int
-    batch_size: int = 64
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1  # share of the updates over which the learning rate rises to lr, before the cosine
-    clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0
-    device: str = "cpu"
+    def train_batches(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Tensor, Any]]: ...
+    def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]: ...
+    def loss(self, outputs: Any, targets: Any) -> Tensor: ...
+    def verdict(self, outputs: Tensor, batch: Batch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: score and predictions after the last epoch, and its history."""
+    """A finished run: verdicts of the last evaluation, and its history."""
 
     seed: int
-    score: float
+    score: float  # top-1
     train_seconds: float  # without evaluation
     images_per_s: float
-    curve: list[dict[str, float]] = field(default_factory=list)  # epoch, mean training loss, score
-    predictions: list[int] = field(default_factory=list)  # in the order of the held-out set
+    curve: list[dict[str, float]]  # epoch, mean training loss, top1, top5, val_loss
+    verdicts: Tensor  # see Classification.verdict, in the order of the held-out set
+    skipped: int  # updates without a step, because a number was not finite
+
+    @property
+    def predictions(self) -> list[int]:
+        """The most probable class of each held-out image."""
+        return self.verdicts[:, 4].long().tolist()
 
 
 def train(
     model: nn.Module,
     task: Task,
-    budget: Budget,
-    on_epoch: Callable[[dict[str, float]], Any] | None = None,
+    recipe: Recipe,
+    folder: Path | None = None,
+    on_epoch: Callable[[dict[str, float], nn.Module, Tensor], Any] | None = None,
+    console: Console | None = None,
 ) -> Outcome:
-    """Trains `model` in place: AdamW, a linear warm-up, a cosine down to zero, an evaluation every epoch.
+    """Trains `model` in place and evaluates it after every epoch.
 
-    The order of the images and their augmentation depend on the seed alone, so two models of one seed see the
-    same batches. On one CPU with one number of threads a run repeats bit for bit.
+    Every random choice follows from the seed and the number of the update, so a run that was killed and
+    goes on from a state in `folder`/states repeats the losses of one that was not: bit for bit on a CPU
+    with the same number of processes and threads. With another number only dropout and drop-path draw
+    otherwise.
+
+    Args:
+        folder: of metrics.jsonl and states, or None for neither.
+        on_epoch: called by every process with the new point of the curve, the evaluated network and its
+            verdicts.
 
     Raises:
-        ValueError: the loss became NaN or infinite, or accelerate is bound to another device in this process.
+        ValueError: a setting does not fit, memory is full, a data worker died, or recipe.bad_steps updates
+            in a row
+            had a loss or gradient that is not finite; the text says what is saved.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    accelerator = Accelerator(cpu=budget.device == "cpu")
-    if accelerator.device.type != torch.device(budget.device).type:
-        raise ValueError(
-            f"train: expected device {budget.device!r}, but this process is bound to {accelerator.device}; "
-            f"start a new process for another device"
+    made = parallel.accelerator(recipe)
+    part = parallel.part(recipe, made, task.train_size)
+    epoch_updates = task.train_size // part.batch_size
+    total = epoch_updates * recipe.epochs
+    model, average = parallel.placed(model, recipe, made)
+    optimizer = made.prepare(optim.optimizer(model, recipe))
+    schedule = optim.schedule(optimizer.optimizer, recipe, epoch_updates)
+    network = model if recipe.parallel == "fsdp" else made.prepare(model)
+    evaluated = average.module if average and recipe.optim.evaluate_ema else network
+    norms = NormBuffers(model)
+    keeper = Keeper(recipe, folder, made, network, optimizer.optimizer, average)
+    at = keeper.load()
+    norms.keep()
+    console = console if console and made.is_main_process else Console(quiet=True)
+    if at.processes != made.num_processes:
+        console.print(
+            f"going on with {made.num_processes} processes after {at.processes}: the same images in the "
+            "same updates, but other masks of dropout and drop-path and other rounding; shards are dealt "
+            "out anew"
         )
-    set_seed(budget.seed)
-    draws = torch.Generator().manual_seed(budget.seed)
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=budget.lr, weight_decay=budget.weight_decay, fused=True
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+        at.processes = made.num_processes
 
-    batch_size = min(budget.batch_size, task.train_size)
-    batches = task.train_size // batch_size
-    updates = batches * budget.epochs
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, updates),
-        warmup_t=round(budget.warmup * updates),
-        warmup_lr_init=budget.lr / 100,
-        t_in_epochs=False,
-    )
-
-    curve: list[dict[str, float]] = []
-    score, predictions = math.nan, torch.empty(0)
-    seconds, update = 0.0, 0
-    for epoch in range(1, budget.epochs + 1):
-        model.train()
-        start = time.perf_counter()
-        total = torch.zeros((), device=accelerator.device)
-        order = torch.randperm(task.train_size, generator=draws)
-        for index in order[: batches * batch_size].split(batch_size):
-            schedule.step_update(update)
-            share = index[accelerator.process_index :: accelerator.num_processes]
-            inputs, targets = task.train_batch(share, draws)
-            loss = task.loss(model(inputs), targets)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), budget.clip)
-            optimizer.step()
-            total += loss.detach()
-            update += 1
-        mean_loss = float(total) / batches  # waits for the device
-        seconds += time.perf_counter() - start
-        if not math.isfinite(mean_loss):
-            raise ValueError(
-                f"the training loss became {mean_loss} in epoch {epoch} of {budget.epochs} "
-                f"(lr {budget.lr:g}, seed {budget.seed}); expected a finite one, lower the learning rate"
-            )
-        score, predictions = evaluate(model, task)
-        curve.append({"epoch": epoch, "loss": mean_loss, task.score: score})
-        if on_epoch is not None:
-            on_epoch(curve[-1])
+    verdicts = None
+    with (
+        Signals() as signals,
+        Log(recipe, folder if made.is_main_process else None, console, total, at) as log,
+        in_words(lambda: keeper.words(total), lambda: parallel.fitting(network, task, made, part)),
+    ):
+        while True:
+            epoch = at.update // epoch_updates
+            if at.update % epoch_updates == 0 and at.evaluated < epoch:
+                keeper.save(at)  # first: an evaluation can be repeated
+                started = time.perf_counter()
+                verdicts = evaluate(
+                    evaluated, task, made, signals=signals if made.num_processes == 1 else None
+                )
+                found = scores(verdicts)
+                at.curve.append(
+                    {"epoch": epoch, "loss": at.epoch_loss / max(1, at.epoch_good), **_held_out(found)}
+                )
+                at.evaluated, at.epoch_loss, at.epoch_good = epoch, 0.0, 0
+                seconds = time.perf_counter() - started
+                log.line("eval", update=at.update, epoch=epoch, **found, seconds=seconds)
+                if on_epoch is not None:
+                    on_epoch(at.curve[-1], evaluated, verdicts)
+            if at.update == total:
+                break
+            network.train()
+            batches = task.train_batches(epoch, at.update % epoch_updates, part)
+            for _ in range(at.update % epoch_updates, epoch_updates):
+                started, waited, loss = time.perf_counter(), 0.0, torch.zeros((), device=made.device)
+                schedule.step(at.update if recipe.optim.per == "update" else epoch)
+                for micro in range(recipe.accumulate):
+                    clock = time.perf_counter()
+                    inputs, targets = next(batches)
+                    waited += time.perf_counter() - clock
+                    torch.manual_seed(draw(recipe.seed, "step", at.update, micro, made.process_index))
+                    with parallel.last_backward(network, made, micro == recipe.accumulate - 1):
+                        with made.autocast():
+                            outputs = network(inputs)
+                        piece = task.loss(outputs, targets) / recipe.accumulate
+                        made.backward(piece)
+                    loss += piece.detach()
+                norm = made.clip_grad_norm_(network.parameters(), recipe.optim.clip or float("inf"))
+                mean_loss, norm, asked = parallel.agreed(made, loss, norm, bool(signals.name))
+                good = math.isfinite(mean_loss + norm)
+                if good or made.scaler is not None:  # which lowers its scale and takes no step
+                    optimizer.step()
+                optimizer.zero_grad()
+                norms.keep() if good else norms.restore()
+                if good and average:
+                    average.update(model)
+                at.add(mean_loss, good, waited, time.perf_counter() - started)
+                log.advance(at.update)
+                if at.update % recipe.log_every == 0:
+                    rate = max(group["lr"] for group in optimizer.param_groups)
+                    passed = at.update / epoch_updates
+                    told = at.told(part.batch_size)
+                    log.line(
+                        "train",
+                        update=at.update,
+                        epoch=passed,
+                        lr=rate,
+                        grad_norm=norm if good else None,
+                        **told,
+                    )
+                if at.bad >= recipe.bad_steps:
+                    raise ValueError(
+                        f"training: expected finite losses and gradients, got {at.bad} updates in a row "
+                        f"without, up to update {at.update} of {total} (loss {mean_loss:g}, gradient "
+                        f"{norm:g}, lr {recipe.lr():g}, seed {recipe.seed}); lower --optim.lr or "
+                        f"--optim.clip; {keeper.words(total)}"
+                    )
+                if asked:
+                    keeper.save(at)
+                    raise Interrupted(
+                        f"interrupted by {signals.name or 'SIGTERM elsewhere'}: {keeper.words(total)}"
+                    )
+                if recipe.save_every and at.update % recipe.save_every == 0:
+                    keeper.save(at)
+        if verdicts is None:  # the run had been finished
+            verdicts = evaluate(evaluated, task, made)
     return Outcome(
-        seed=budget.seed,
-        score=score,
-        train_seconds=seconds,
-        images_per_s=updates * batch_size / seconds,
-        curve=curve,
-        predictions=predictions.tolist(),
+        recipe.seed,
+        scores(verdicts)["top1"],
+        at.seconds,
+        at.update * part.batch_size / at.seconds,
+        at.curve,
+        verdicts,
+        at.skipped,
     )
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, task: Task, batch_size: int = 256) -> tuple[float, Tensor]:
-    """Score and predictions on the held-out set; every process evaluates all of it."""
-    model.eval()
-    metric = task.metric()
-    predictions = []
-    for index in torch.arange(task.val_size).split(batch_size):
-        inputs, targets = task.val_batch(index)
-        outputs = model(inputs)
-        metric.update(outputs, targets)
-        predictions.append(task.predictions(outputs).cpu())
-    return float(metric.compute()), torch.cat(predictions)
+def _held_out(found: dict[str, float]) -> dict[str, float]:
+    return {"val_loss" if name == "loss" else name: value for name, value in found.items()}

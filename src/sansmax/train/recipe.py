@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from torch import nn
+
+from ..tasks._data.settings import Augment, Data
 
 __all__ = ["Augment", "Data", "Distil", "Optim", "Recipe"]
 
@@ -23,68 +24,6 @@ Words = Annotated[
         str_from_instance=lambda value: [json.dumps(value)],
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the images come from."""
-
-    root: str = "digits"
-    """digits (scikit-learn's, no download), or a folder, a .tar, a folder of shards, a torchvision folder."""
-    reader: str = ""
-    """torch/cifar10, hfds/<name>, wds and the like, as in timm; empty: found by looking at the root."""
-    split: str = "train"
-    """Name of the training split: a folder, a split of the data set, or shards as train-{0000..0099}.tar."""
-    val_split: str = "validation"
-    """Name of the held-out split; of a folder without one, a fifth of every class is held out."""
-    num_samples: int | None = None
-    """Images of an epoch; of shards, where no _info.json counts them; of other sets, the first so many of a
-    fixed shuffle (None: all)."""
-    num_classes: int | None = None
-    """Of shards without a list of classes."""
-    memory: bool | None = None
-    """Decode once and keep in memory (None: where all images fit into 1 GiB and no augmentation works on
-    single images, which are auto_augment and color_jitter)."""
-    workers: int | None = None
-    """Processes that decode, for each training process (None: one a core, at most 8)."""
-    shuffle_buffer: int = 4096
-    """Of shards: images among which a worker draws the next."""
-    download: bool = False
-    """Let torchvision or Hugging Face fetch the set."""
-
-
-@dataclass(frozen=True)
-class Augment:
-    """How a training image is changed. Words, ranges and order are timm's."""
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the area that a random crop keeps; (1, 1) crops nothing."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop."""
-    shift: float = 0.0
-    """Largest shift, as a share of the side, of images in memory."""
-    hflip: float = 0.5
-    """Probability of a mirror image."""
-    interpolation: str = "bicubic"
-    """bilinear, bicubic or random."""
-    color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation; unused beside auto_augment, as in timm."""
-    auto_augment: str = ""
-    """rand-m9-mstd0.5-inc1 and the like; empty: none."""
-    reprob: float = 0.0
-    """Probability of random erasing by noise, pixel by pixel."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0: none."""
-    cutmix: float = 0.0
-    """Alpha of cutmix; 0: none."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
-    mix_switch: float = 0.5
-    """Probability of cutmix where both are on."""
-    smoothing: float = 0.1
-    """Label smoothing."""
-    repeats: int = 1
-    """Repeated augmentation: views of an image in one epoch, of which there are fewer images then."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +102,10 @@ class Recipe:
     channels_last: bool = False
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    data: Data = Data()
-    augment: Augment = Augment()
-    optim: Optim = Optim()
-    distil: Distil = Distil()
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    distil: Distil = field(default_factory=Distil)
     out: str = "sansmax-run"
     """The run's folder."""
     resume: bool = False
@@ -235,7 +174,8 @@ class Recipe:
         ]:
             if value is not None and value < least:
                 raise ValueError(
-                    f"{name}: expected a whole number of at least {least}, got {value}; leave it out if unsure"
+                    f"{name}: expected a whole number of at least {least}, got {value}; leave it out if "
+                    "unsure"
                 )
         for name, value in [
             ("drop_path", self.drop_path),
@@ -249,7 +189,9 @@ class Recipe:
             ("distil.alpha", self.distil.alpha),
         ]:
             if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {value:g}; leave it out if unsure")
+                raise ValueError(
+                    f"{name}: expected a share from 0 to 1, got {value:g}; leave it out if unsure"
+                )
         for name, value in [
             ("optim.lr", o.lr),
             ("optim.clip", o.clip),
@@ -271,13 +213,17 @@ class Recipe:
             ("augment.shift", a.shift),
         ]:
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a number of at least 0, got {value:g}; leave it out if unsure")
+                raise ValueError(
+                    f"{name}: expected a number of at least 0, got {value:g}; leave it out if unsure"
+                )
         if not 0 < a.scale[0] <= a.scale[1] <= 1:
             raise ValueError(
                 f"augment.scale: expected two rising shares of the area above 0, got {a.scale}; use 0.08 1"
             )
         if not 0 < a.ratio[0] <= a.ratio[1]:
-            raise ValueError(f"augment.ratio: expected two rising numbers above 0, got {a.ratio}; use 0.75 1.33")
+            raise ValueError(
+                f"augment.ratio: expected two rising numbers above 0, got {a.ratio}; use 0.75 1.33"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch size {self.batch_size}, got {self.accumulate}; "
@@ -290,18 +236,15 @@ class Recipe:
             )
         if o.warmup and not float(o.warmup).is_integer() and o.per == "epoch":
             raise ValueError(
-                f"optim.warmup: expected whole epochs with optim.per epoch, got {o.warmup:g}; use optim.per update"
+                f"optim.warmup: expected whole epochs with optim.per epoch, got {o.warmup:g}; use "
+                "optim.per update"
             )
         if self.resume and self.weights:
             raise ValueError(
-                f"weights: expected none with resume, which brings its own, got {self.weights!r}; leave one out"
+                f"weights: expected none with resume, which brings its own, got {self.weights!r}; leave "
+                "one out"
             )
         return self
-
-    def decays(self, model: nn.Module) -> set[str]:
-        """Names of the parameters to which the network wants no weight decay."""
-        listed = getattr(model, "no_weight_decay", None)
-        return set(listed()) if callable(listed) else set()
 
 
 def _filled(cls: Any, values: dict[str, Any]) -> Any:

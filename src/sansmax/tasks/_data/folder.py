@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import Images
+from ._decode import decode, reason
 
-__all__ = ["decode", "load"]
+__all__ = ["LAYOUT", "classes_of", "files_of", "folders", "held_out", "load", "some"]
 
 IMG_SIZE = 64
 HELD_OUT = 0.2
@@ -38,24 +37,24 @@ def load(data: str | os.PathLike[str], img_size: int | None = None) -> Images:
         raise NotADirectoryError(
             f"data: expected an image folder, got {kind} at {root}; give the path of one laid out as {LAYOUT}"
         )
-    parts = {path.name.lower(): path for path in _folders(root)}
+    parts = {path.name.lower(): path for path in folders(root)}
     train = parts.get("train")
     val = next((parts[name] for name in VAL_NAMES if name in parts), None)
     if train is None or val is None:
         source = train or root
-        classes = _classes(source)
+        classes = classes_of(source)
         images, labels, paths, skipped = _read(source, classes, size)
         _check_counts(classes, labels, 2, source, skipped)
-        held_out = _held_out(labels, paths)
+        chosen = held_out(labels, paths)
         split = f"{HELD_OUT:.0%} of every class, chosen by the hash of the file name"
-        parts_of = [(images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])]
+        parts_of = [(images[~chosen], labels[~chosen]), (images[chosen], labels[chosen])]
     else:
-        classes = _classes(train)
-        if (other := _classes(val)) != classes:
+        classes = classes_of(train)
+        if (other := classes_of(val)) != classes:
             odd = sorted(set(classes) ^ set(other))
             raise ValueError(
                 f"data: {train.name} and {val.name} in {root} must hold the same classes, got "
-                f"{_some(odd)} in only one of them; give every class a folder in both"
+                f"{some(odd)} in only one of them; give every class a folder in both"
             )
         parts_of, skipped = [], []
         for part in (train, val):
@@ -78,7 +77,7 @@ def load(data: str | os.PathLike[str], img_size: int | None = None) -> Images:
     )
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
     """The visible sub-folders by name."""
     try:
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -92,8 +91,9 @@ def _unreadable(folder: Path, error: OSError) -> OSError:
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    classes = [path.name for path in _folders(folder)]
+def classes_of(folder: Path) -> list[str]:
+    """Names of the class folders; ValueError where there are fewer than two."""
+    classes = [path.name for path in folders(folder)]
     if len(classes) < 2:
         got = f"only {classes[0]!r}" if classes else "none"
         raise ValueError(
@@ -102,14 +102,14 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
     """All visible image files below a folder, sorted."""
 
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error) from None
 
-    for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for where, below, files in os.walk(folder, onerror=refuse):
+        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS):
                 yield Path(where, name)
@@ -119,7 +119,7 @@ def _read(
     folder: Path, classes: list[str], size: int
 ) -> tuple[Tensor, Tensor, list[str], list[dict[str, str]]]:
     """images, labels, paths relative to `folder`, and what was skipped."""
-    files = [(path, label) for label, name in enumerate(classes) for path in _files(folder / name)]
+    files = [(path, label) for label, name in enumerate(classes) for path in files_of(folder / name)]
     try:
         images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     except RuntimeError:
@@ -151,33 +151,7 @@ def _try_decode(path: Path, size: int) -> Tensor | str:
     try:
         return decode(path, size)
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return reason.replace(str(path), path.name) or type(error).__name__
-
-
-def decode(path: str | os.PathLike[str], size: int) -> Tensor:
-    """One image file as uint8 RGB (3, size, size): upright, on white, the centre square scaled to `size`.
-
-    Any of PIL's modes: 16 and 32 bits and float are scaled to 8, palettes and transparency are resolved.
-    """
-    with Image.open(path) as opened:
-        opened.draft(None, (2 * size, 2 * size))  # a JPEG of many megapixels is decoded at a fraction
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):
-            image = _eight_bit(np.asarray(image), image.mode)
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _eight_bit(values: np.ndarray, mode: str) -> Image.Image:
-    """Grey values of more than 8 bits; 32 bits and float do not tell their white: the next usual is taken."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0).clip(0, None)
-    whites = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(mode, (65535.0,))
-    white = next((white for white in whites if values.max() <= white), values.max())
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+        return reason(error, path)
 
 
 def _check_counts(
@@ -194,22 +168,23 @@ def _check_counts(
     )
     raise ValueError(
         f"data: expected at least {least} readable image{'s' if least > 1 else ''} in every class folder of "
-        f"{folder}, got {_some(few)}{unread}; add images ({', '.join(IMG_EXTENSIONS)}) "
+        f"{folder}, got {some(few)}{unread}; add images ({', '.join(IMG_EXTENSIONS)}) "
         f"or remove the folder"
     )
 
 
-def _held_out(labels: Tensor, paths: list[str]) -> Tensor:
+def held_out(labels: Tensor, paths: list[str]) -> Tensor:
     """True for a fifth of every class, at least one image."""
     hashes = [hashlib.sha256(os.fsencode(path)).digest() for path in paths]
     ranked = torch.tensor(sorted(range(len(paths)), key=hashes.__getitem__))
-    held_out = torch.zeros(len(paths), dtype=torch.bool)
+    chosen = torch.zeros(len(paths), dtype=torch.bool)
     for label in labels.unique():
         members = ranked[labels[ranked] == label]
-        held_out[members[: max(1, round(HELD_OUT * len(members)))]] = True
-    return held_out
+        chosen[members[: max(1, round(HELD_OUT * len(members)))]] = True
+    return chosen
 
 
-def _some(items: list[str], limit: int = 3) -> str:
+def some(items: list[str], limit: int = 3) -> str:
+    """The first few, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

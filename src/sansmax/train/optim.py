@@ -1,0 +1,76 @@
+"""Optimiser, schedule and moving average of a run, from timm."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from .._find import pick
+from .recipe import Recipe
+
+__all__ = ["average", "optimizer", "schedule"]
+
+SCHEDULES = ("cosine", "poly", "step", "tanh")
+
+
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's, with no decay of vectors and of what model.no_weight_decay() names, and rates that fall with
+    depth where layer_decay is given (model.group_matcher()).
+
+    Raises:
+        ValueError: timm has no such optimiser, or the network no groups of layers.
+    """
+    wanted = recipe.optim
+    name = pick("optimisers", wanted.opt, map(str, list_optimizers()))
+    if wanted.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ValueError(
+            f"optim.layer_decay: expected a network with group_matcher(), got {recipe.model}, which has "
+            "none; leave it out"
+        )
+    words: dict[str, Any] = {"betas": wanted.betas} if wanted.betas else {}
+    if name in ("adam", "adamw"):
+        words["fused"] = True
+    elif name in ("sgd", "momentum", "nesterov", "rmsprop"):
+        words["momentum"] = wanted.momentum
+    return create_optimizer_v2(
+        model,
+        opt=name,
+        lr=recipe.lr(),
+        weight_decay=wanted.weight_decay,
+        layer_decay=wanted.layer_decay,
+        **words,
+    )
+
+
+def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Scheduler:
+    """The learning rate over time; `updates` counts those of an epoch.
+
+    With per="epoch" epoch e, counted from 0, runs at f(e) throughout: a line from warmup_lr at 0 to the
+    full rate at `warmup`, then the curve over `epochs` to min_lr, of which the warm-up hides the beginning.
+    With per="update" the same, over updates.
+    """
+    wanted = recipe.optim
+    known = pick("schedules", wanted.sched, SCHEDULES)
+    per_epoch = wanted.per == "epoch"
+    unit = 1 if per_epoch else updates
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=known,
+        num_epochs=recipe.epochs if per_epoch else max(2, recipe.epochs * updates),
+        warmup_epochs=round(wanted.warmup * unit),
+        warmup_lr=wanted.warmup_lr,
+        min_lr=wanted.min_lr,
+        step_on_epochs=True,
+    )
+    assert scheduler is not None
+    return scheduler
+
+
+def average(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+    """The exponential moving average of the weights, a <- d a + (1 - d) w after every update (timm's), of
+    buffers too; None where the recipe wants none."""
+    return ModelEmaV3(model, decay=recipe.optim.ema) if recipe.optim.ema else None

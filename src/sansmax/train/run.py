@@ -1,0 +1,359 @@
+"""A run: its folder, its data, its network, the loop, and what is kept."""
+
+import base64
+import io
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor, nn
+
+from .. import __version__
+from ..bench import measure
+from ..tasks._data.batches import Source
+from ..tasks._data.sources import open_source
+from ..tasks.classification import Classification, Teacher
+from . import parallel
+from .checkpoint import prepare_folder, read_json, replace_file, write_json, write_text
+from .loop import Outcome, train
+from .network import build, load_network
+from .recipe import Recipe
+
+__all__ = ["run"]
+
+PICTURES = 12  # of either kind in the report
+# What may differ between the command that began a run and the one that goes on with it.
+FREE = {
+    "out", "resume", "save_every", "keep", "log_every", "bad_steps", "tensorboard", "wandb", "device", "parallel",
+    "compile", "channels_last", "checkpointing", "accumulate", "weights", "data.workers", "data.root", "data.download",
+    "data.memory",
+}  # fmt: skip
+
+
+def run(recipe: Recipe, console: Console | None = None, command: str | None = None) -> Outcome:
+    """Trains as the recipe says; `recipe.out` then holds
+
+    recipe.json (also classes, versions, machine), metrics.jsonl, weights.safetensors, best.safetensors (highest
+    top-1), evaluation.npz and gallery.json (the last evaluation), skipped.json, states/ and report.html.
+
+    Args:
+        console: where progress is shown; None is silent.
+        command: that was given; None: the shortest that gives this recipe.
+
+    Raises:
+        ValueError, OSError: a setting, the data or the folder will not do; one sentence says what to do.
+        sansmax.train.guard.Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    recipe = recipe.checked()
+    made = parallel.accelerator(recipe)
+    console = console if console and made.is_main_process else Console(quiet=True)
+    folder = Path(recipe.out).expanduser()
+    if made.is_main_process:
+        prepare_folder(folder)
+    made.wait_for_everyone()
+    before = _begun(folder, recipe)
+    config = _data_config(recipe)
+    with console.status("reading the images"):
+        source = open_source(
+            recipe.data,
+            recipe.augment,
+            recipe.img_size or config["size"],
+            recipe.eval_crop,
+            config["mean"],
+            config["std"],
+            made.device,
+            PartialState().num_processes,
+        )
+    _check_classes(source, before, folder)
+    model = network(recipe, source)
+    if recipe.weights and not (before and recipe.resume):
+        load_weights(model, recipe)
+    task = Classification(source, recipe.augment, teacher(recipe, source, made.device))
+    about = _about(recipe, source, model, command)
+    if made.is_main_process and not before:
+        write_json(folder / "recipe.json", about)
+    best = [(before or {}).get("best", -math.inf)] if recipe.resume else [-math.inf]
+
+    def keep(point: dict[str, float], evaluated: nn.Module, verdicts: Tensor) -> None:
+        """After every epoch: the best weights, what could not be read."""
+        best_so_far = point["top1"] > best[0]
+        last = point["epoch"] == recipe.epochs
+        tensors = parallel.weights(evaluated) if best_so_far or last else {}
+        if not made.is_main_process:
+            return
+        metadata = _metadata(recipe, about, point)
+        for name in ["best"] * best_so_far + ["weights"] * last:
+            content = safetensors.torch.save(_plain(tensors), metadata)
+            replace_file(
+                folder / f"{name}.safetensors", lambda path, content=content: path.write_bytes(content)
+            )
+        if best_so_far:
+            best[0] = point["top1"]
+            write_json(folder / "recipe.json", {**about, "best": best[0]})
+        _save_verdicts(folder, verdicts)
+        if source.skipped:
+            write_json(folder / "skipped.json", source.skipped)
+
+    outcome = train(model, task, recipe, folder, keep, console)
+    if made.is_main_process:
+        write_json(folder / "gallery.json", _gallery(source, outcome.verdicts))
+        _report(folder, console)
+        if source.skipped:
+            first = "{path}: {reason}".format(**source.skipped[0])
+            console.print(
+                f"skipped {len(source.skipped)} unreadable images, listed in {folder / 'skipped.json'}, the first {first}",
+                highlight=False,
+            )
+    return outcome
+
+
+def network(recipe: Recipe, source: Source) -> nn.Module:
+    """The recipe's network with random weights, the same in every process."""
+    torch.manual_seed(recipe.seed)
+    words: dict[str, Any] = dict(recipe.model_args)
+    if recipe.drop_path:
+        words["drop_path_rate"] = recipe.drop_path
+    size = recipe.img_size
+    if size is None and recipe.model.startswith("vit_mini"):
+        size = source_size(source)
+    try:
+        return build(
+            recipe.model,
+            recipe.mechanism,
+            img_size=size,
+            num_classes=len(source.classes),
+            in_chans=len(source.mean),
+            **words,
+        )
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"model: expected words that {recipe.model} takes, got {' '.join(str(error).split())}; check model_args, "
+            f"drop_path, img_size and mechanism"
+        ) from None
+
+
+def source_size(source: Source) -> int:
+    """Side of the images that a source gives."""
+    return next(iter(source.val(0, 1, 1))).images.shape[-1]
+
+
+def load_weights(model: Any, recipe: Recipe) -> None:
+    """The recipe's `weights`; a head of another number of classes stays as it was built.
+
+    Raises:
+        ValueError: anything else does not fit; the text names it.
+    """
+    what = recipe.weights
+    if what == "pretrained":
+        what = recipe.model
+    elif Path(what).expanduser().is_file() and not what.endswith(".safetensors"):
+        what = f"{recipe.model}={what}"
+    loaded = load_network(what, img_size=recipe.img_size)
+    given, own = loaded.model.state_dict(), model.state_dict()
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    head = {key for key in own if key.startswith(tuple(f"{name}." for name in heads))}
+    odd = [k for k in own.keys() ^ given.keys() if k not in head]
+    odd += [k for k in own.keys() & given.keys() if k not in head and own[k].shape != given[k].shape]
+    if odd:
+        raise ValueError(
+            f"weights: expected those of {recipe.model} as it is built here, got {loaded.name}, which differs in "
+            f"{len(odd)} tensors, such as {sorted(odd)[0]}; check model, mechanism, model_args and img_size"
+        )
+    fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(fits, strict=False)
+
+
+def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | None:
+    """The network that is learned from, on the device.
+
+    Raises:
+        ValueError: it has other classes than the data.
+    """
+    wanted = recipe.distil
+    if not wanted.teacher:
+        return None
+    loaded = load_network(wanted.teacher, img_size=recipe.img_size, num_classes=len(source.classes))
+    if loaded.in_chans != len(source.mean):
+        raise ValueError(
+            f"distil.teacher: expected a network for {len(source.mean)} channels, got {loaded.name} with "
+            f"{loaded.in_chans}; give another"
+        )
+    if loaded.classes and loaded.classes != source.classes:
+        raise ValueError(
+            f"distil.teacher: expected a network that learned the classes of {source.title} in their order, got "
+            f"{loaded.name} with {loaded.classes[:3]} and so on; give another"
+        )
+    return Teacher(loaded.model.to(device), wanted.kind, wanted.alpha, wanted.tau)
+
+
+def _data_config(recipe: Recipe) -> dict[str, Any]:
+    """Mean, deviation and side of the images that the network is published for; ImageNet's where it has none."""
+    found: Any = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
+    size = (
+        found.input_size[-1]
+        if found and found.input_size and not recipe.model.startswith("vit_mini")
+        else None
+    )
+    mean, std = (found.mean, found.std) if found else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return {"size": size, "mean": tuple(mean), "std": tuple(std)}
+
+
+def _begun(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What an earlier command wrote of this run.
+
+    Raises:
+        ValueError: there is a run and no --resume, or it is another one.
+    """
+    before = read_json(folder / "recipe.json")
+    if before is None:
+        return None
+    if not recipe.resume:
+        raise ValueError(
+            f"out: expected a new folder, got {folder} with a run in it; add --resume to go on with it, or name "
+            f"another folder with --out"
+        )
+    old, new = _flat(before["recipe"]), _flat(recipe.to_json())
+    for name in sorted(old.keys() | new.keys()):
+        if name not in FREE and old.get(name) != new.get(name):
+            raise ValueError(
+                f"{name}: expected {old.get(name)!r}, with which {folder} was begun, got {new.get(name)!r}; use the "
+                f"same, or name another folder with --out"
+            )
+    return before
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "model_args":
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _check_classes(source: Source, before: dict[str, Any] | None, folder: Path) -> None:
+    if before and before["classes"] != source.classes:
+        raise ValueError(
+            f"data: expected the {len(before['classes'])} classes with which {folder} was begun, got "
+            f"{len(source.classes)} others; check data.root and data.split"
+        )
+    if before and before["data"]["train"] != source.train_size:
+        raise ValueError(
+            f"data: expected the {before['data']['train']} training images with which {folder} was begun, got "
+            f"{source.train_size}; check data.root and data.split"
+        )
+
+
+def _about(recipe: Recipe, source: Source, model: nn.Module, command: str | None) -> dict[str, Any]:
+    size = recipe.img_size or source_size(source)
+    shape = (1, len(source.mean), size, size)
+    return {
+        "sansmax": __version__,
+        "commit": measure.commit(),
+        "command": command or recipe.command(),
+        "recipe": recipe.to_json(),
+        "classes": source.classes,
+        "data": {
+            "name": source.title,
+            "train": source.train_size,
+            "val": source.val_size,
+            "split": source.split,
+        },
+        "network": {
+            "name": recipe.model,
+            "params": sum(p.numel() for p in model.parameters()),
+            "flops": measure.count_flops(model, torch.zeros(shape)),
+            "img_size": size,
+            "in_chans": len(source.mean),
+            "mean": list(source.mean),
+            "std": list(source.std),
+        },
+        "machine": measure.machine(),
+        "versions": measure.versions(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _metadata(recipe: Recipe, about: dict[str, Any], point: dict[str, float]) -> dict[str, str]:
+    """What load_network needs to build the network again and to show it images."""
+    of = about["network"]
+    kind = recipe.augment.interpolation
+    return {
+        "model": recipe.model,
+        "mechanism": recipe.mechanism or "",
+        "model_args": json.dumps(recipe.model_args),
+        "num_classes": str(len(about["classes"])),
+        "classes": json.dumps(about["classes"]),
+        "img_size": str(of["img_size"]),
+        "in_chans": str(of["in_chans"]),
+        "mean": json.dumps(of["mean"]),
+        "std": json.dumps(of["std"]),
+        "eval_crop": str(recipe.eval_crop),
+        "interpolation": "bicubic" if kind == "random" else kind,
+        "epoch": str(point["epoch"]),
+        "top1": str(point["top1"]),
+    }
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _save_verdicts(folder: Path, verdicts: Tensor) -> None:
+    """evaluation.npz; see Classification.verdict."""
+    k = (verdicts.shape[1] - 4) // 2
+    columns = {
+        "labels": verdicts[:, 1].long().numpy(),
+        "truth": verdicts[:, 3].float().numpy(),
+        "top": verdicts[:, 4 : 4 + k].long().numpy(),
+        "probabilities": verdicts[:, 4 + k :].float().numpy(),
+    }
+    content = io.BytesIO()
+    np.savez_compressed(content, **columns)
+    replace_file(folder / "evaluation.npz", lambda path: path.write_bytes(content.getvalue()))
+
+
+def _gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
+    """The held-out images that the network is most wrong and most right about."""
+    by_loss = verdicts[:, 2].argsort(descending=True, stable=True)
+    count = min(PICTURES, len(by_loss) // 2)
+    chosen = [("worst", row) for row in by_loss[:count]] + [("best", row) for row in by_loss.flip(0)[:count]]
+    pictures = []
+    for kind, row in chosen:
+        position, label, _, truth, predicted = verdicts[row][:5].tolist()
+        found = source.picture(int(position))
+        if found is None:
+            return []
+        image, name = found
+        image.thumbnail((160, 160))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        pictures.append(
+            {
+                "png": base64.b64encode(file.getvalue()).decode(),
+                "name": name,
+                "truth": source.classes[int(label)],
+                "predicted": source.classes[int(predicted)],
+                "probability": verdicts[row][4 + (verdicts.shape[1] - 4) // 2].item(),
+                "truth_probability": truth,
+                "kind": kind,
+            }
+        )
+    return pictures
+
+
+def _report(folder: Path, console: Console) -> None:
+    from ..bench.run_report import read_run, render_run
+
+    write_text(folder / "report.html", render_run(read_run(folder)))
+    console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False)
