@@ -8,8 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from sansmax import cli, models
+from sansmax.tasks._data import load_images
 from sansmax.train.evaluate import evaluate, label_map
 from sansmax.train.network import load_network
 from sansmax.train.recipe import Recipe
@@ -74,7 +76,7 @@ def test_figures_are_those_of_one_image_after_another(run):
             {"path": "3.png", "reason": "3 is broken"},
             {"path": "28.png", "reason": "28 is broken"},
         ]
-        assert got["crop"] == crop or 0.875
+        assert got["crop"] == (crop or 0.875)
         assert got["images_per_s"] == pytest.approx(27 / got["seconds"])
 
 
@@ -155,8 +157,6 @@ def test_a_folder_at_several_sizes(run, tmp_path, capsys):
 
 
 def test_without_a_root_the_run_s_own_held_out_images(tmp_path):
-    from sansmax.tasks._data import load_images
-
     digits = load_images("digits", 16)
     folder = tmp_path / "run"
     classes = json.dumps(digits.classes)
@@ -169,8 +169,6 @@ def test_without_a_root_the_run_s_own_held_out_images(tmp_path):
         "num_heads": 2,
     }
     folder.mkdir()
-    from safetensors.torch import save_file
-
     model = models.create_model("vit_mini", None, **words).eval()
     own = {key: words[key] for key in ("patch_size", "embed_dim", "num_heads")}
     metadata = {
@@ -255,13 +253,11 @@ def test_weights_of_every_kind(tmp_path):
         ("bad.safetensors", "expected a .safetensors file that can be read at bad.safetensors"),
         (
             "bare.safetensors",
-            "metadata name their network, got none in bare.safetensors; give name=bare.safetensors",
+            "metadata name its network, got none in bare.safetensors; give name=bare.safetensors",
         ),
     ],
 )
 def test_a_sentence_for_weights_that_cannot_be(what, sentence, tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.safetensors").write_bytes(b"cut")
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
