@@ -1,6 +1,8 @@
 """`sansmax eval`: the figures of a network on labelled images, and which labels are which classes."""
 
+import io
 import json
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,10 @@ from safetensors.torch import save_file
 
 from sansmax import cli, models
 from sansmax.tasks._data import load_images
-from sansmax.train.evaluate import evaluate, label_map
+from sansmax.train.evaluate import evaluate, label_map, open_labelled
 from sansmax.train.network import load_network
-from sansmax.train.recipe import Recipe
-from test_predict import CLASSES, picture, write_run
+from sansmax.train.recipe import Data, Recipe
+from test_predict import CLASSES, picture, png, write_run
 
 SYNSETS = ["n01440764", "n02102040", "n03000684"]  # ImageNet's classes 0, 217 and 491
 
@@ -154,6 +156,32 @@ def test_a_folder_at_several_sizes(run, tmp_path, capsys):
         assert [entry["path"] for entry in row["skipped"]] == ["gnu/broken.png"]
         assert sum(c["images"] * c["top1"] for c in row["classes"]) == pytest.approx(14 * row["top1"])
         assert f"{100 * row['top1']:.2f}" in printed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset closes no files
+@pytest.mark.parametrize("named", [True, False])
+def test_shards(named, run, tmp_path):
+    pytest.importorskip("webdataset")
+    root = tmp_path / "shards"
+    root.mkdir()
+    for k in range(3):
+        with tarfile.open(root / f"validation-{k}.tar", "w") as tar:
+            for i in range(4):
+                for kind, content in (("png", png(4 * k + i)), ("cls", str(i + k).encode())):
+                    entry = tarfile.TarInfo(f"{k}{i}.{kind}")
+                    entry.size = 9 if (k, i, kind) == (1, 2, "png") else len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    if named:
+        (root / "_info.json").write_text(json.dumps({"classes": CLASSES[::-1]}))
+    network = load_network(run)
+    data, split = open_labelled(run, Data(root=str(root), split="validation", workers=0), network)
+    assert data.num_classes == 7
+    got = evaluate(network, split)
+    assert (got["images"], [entry["path"] for entry in got["skipped"]]) == (11, ["validation-1.tar/12"])
+    counts = [1, 2, 3, 2, 2, 1, 0]
+    assert [c["images"] for c in got["classes"]] == (counts[::-1] if named else counts)
+    data, split = open_labelled(run, Data(root=str(root), split="validation", workers=2), network)
+    assert evaluate(network, split, workers=2)["loss"] == pytest.approx(got["loss"])
 
 
 def test_without_a_root_the_run_s_own_held_out_images(tmp_path):
