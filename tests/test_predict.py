@@ -348,6 +348,35 @@ def test_other_weights_do_not_go_on_with_parts(run, images, tmp_path, monkeypatc
         predict(load_network(run), str(images), out, part_size=3)
 
 
+def test_an_input_that_has_gone_is_refused_and_ctrl_c_says_how_to_go_on(
+    run, images, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        stopping(patch, module, "_forward", 2)
+        command(run, images, out=out, part_size=3, code=130)
+    assert "the same command goes on" in capsys.readouterr().err
+    images.rename(tmp_path / "elsewhere")
+    command(run, images, out=out, part_size=3, code=2)
+    assert f"got nothing at {images}" in capsys.readouterr().err
+    (tmp_path / "elsewhere").rename(images)
+    command(run, images, out=out, part_size=3)
+    assert len(rows_of(out)) == 13
+    assert not any(row["error"] for row in rows_of(out))
+
+
+def test_features_without_classes(run, images, tmp_path):
+    command(run, images, out=tmp_path / "out.csv", top_k=0, embeddings=True)
+    assert list(rows_of(tmp_path / "out.csv")[0]) == ["path", "error", "embedding"]
+    network = load_network(run)
+    network.model.reset_classifier(0)
+    with pytest.raises(ValueError, match="expected classes, got vit_mini, which has none; add --embeddings"):
+        predict(network, str(images), tmp_path / "none.csv")
+    predict(network, str(images), tmp_path / "features.csv", embeddings=True)
+    one, other = (rows_of(tmp_path / name)[3]["embedding"] for name in ("out.csv", "features.csv"))
+    assert one == other
+
+
 def test_processes_share_the_parts(run, images, tmp_path, monkeypatch):
     network, out = load_network(run), tmp_path / "out.csv"
     monkeypatch.setenv("WORLD_SIZE", "3")
