@@ -231,7 +231,7 @@ def _of_run(file: Path, metadata: dict[str, str]) -> Network:
 def _of_file(name: str, file: Path) -> Network:
     """A published checkpoint; the head has as many classes as the file."""
     _check_takes_images(name)
-    model: Any = build(name)
+    model: Any = timm.create_model(name)
     state = own_state(model, file)
     module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
     if adapt := getattr(module, "checkpoint_filter_fn", None):  # of timm: renames a checkpoint's keys
