@@ -1,4 +1,5 @@
-"""What an evaluation says of a network: its confusions, its classes, how sure it is, and with whom it agrees."""
+"""What an evaluation says of a network: its confusions, its classes, how sure it is, and with whom it
+agrees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class ClassFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.npz: labels (N,), top (N, k) classes by falling probability, probabilities (N, k), truth (N,).
+    """evaluation.npz: labels (N,), top (N, k) classes by falling probability, probabilities (N, k), truth
+    (N,).
 
     Raises:
         ValueError: the shapes or the classes do not go together.
@@ -189,7 +191,8 @@ def agreement(first: Evaluation, second: Evaluation) -> Agreement:
     """Of two evaluations of the same images.
 
     With b images on which the first alone is right and c with the second alone, p = P(X <= min(b, c) or
-    X >= max(b, c)) for X ~ Binomial(b + c, 1/2): how often chance alone makes them differ so much (McNemar 1947).
+    X >= max(b, c)) for X ~ Binomial(b + c, 1/2): how often chance alone makes them differ so much (McNemar
+    1947).
     """
     from scipy.stats import binomtest
 

@@ -23,7 +23,8 @@ CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder. `info` is recipe.json, `train` and `evals` the lines of metrics.jsonl, finite values only.
+    """A run folder. `info` is recipe.json, `train` and `evals` the lines of metrics.jsonl, finite values
+    only.
 
     `evaluation` is None, `gallery` and `skipped` are empty where the run has not come so far.
     """
@@ -113,8 +114,8 @@ def _is_run(path: Path) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """The run folder, also of a run that goes on or was killed.
 
-    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, its later
-    line counts.
+    Lines of metrics.jsonl that are not whole are left out; where a resumed run wrote an update again, its
+    later line counts.
 
     Raises:
         ValueError: it is no run folder, or a file in it is not what `sansmax train` writes.
@@ -124,7 +125,8 @@ def read_run(folder: Path) -> RunRecord:
     for key in ("recipe", "classes", "data", "network"):
         if key not in info:
             raise ValueError(
-                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; name another run"
+                f"{folder / 'recipe.json'}: expected what `sansmax train` writes, got no {key!r}; name "
+                "another run"
             )
     train, evals = _metrics(folder / "metrics.jsonl")
     return RunRecord(

@@ -41,8 +41,9 @@ FREE = {
 def run(recipe: Recipe, console: Console | None = None, command: str | None = None) -> Outcome:
     """Trains as the recipe says; `recipe.out` then holds
 
-    recipe.json (also classes, versions, machine), metrics.jsonl, weights.safetensors, best.safetensors (highest
-    top-1), evaluation.npz and gallery.json (the last evaluation), skipped.json, states/ and report.html.
+    recipe.json (also classes, versions, machine), metrics.jsonl, weights.safetensors, best.safetensors
+    (highest top-1), evaluation.npz and gallery.json (the last evaluation), skipped.json, states/ and
+    report.html.
 
     Args:
         console: where progress is shown; None is silent.
@@ -109,7 +110,8 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         if source.skipped:
             first = "{path}: {reason}".format(**source.skipped[0])
             console.print(
-                f"skipped {len(source.skipped)} unreadable images, listed in {folder / 'skipped.json'}, the first {first}",
+                f"skipped {len(source.skipped)} unreadable images, listed in {folder / 'skipped.json'}, "
+                f"the first {first}",
                 highlight=False,
             )
     return outcome
@@ -135,8 +137,8 @@ def network(recipe: Recipe, source: Source) -> nn.Module:
         )
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"model: expected words that {recipe.model} takes, got {' '.join(str(error).split())}; check model_args, "
-            f"drop_path, img_size and mechanism"
+            f"model: expected words that {recipe.model} takes, got {' '.join(str(error).split())}; check "
+            "model_args, drop_path, img_size and mechanism"
         ) from None
 
 
@@ -165,8 +167,9 @@ def load_weights(model: Any, recipe: Recipe) -> None:
     odd += [k for k in own.keys() & given.keys() if k not in head and own[k].shape != given[k].shape]
     if odd:
         raise ValueError(
-            f"weights: expected those of {recipe.model} as it is built here, got {loaded.name}, which differs in "
-            f"{len(odd)} tensors, such as {sorted(odd)[0]}; check model, mechanism, model_args and img_size"
+            f"weights: expected those of {recipe.model} as it is built here, got {loaded.name}, which "
+            f"differs in {len(odd)} tensors, such as {sorted(odd)[0]}; check model, mechanism, model_args "
+            "and img_size"
         )
     fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fits, strict=False)
@@ -189,14 +192,15 @@ def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | N
         )
     if loaded.classes and loaded.classes != source.classes:
         raise ValueError(
-            f"distil.teacher: expected a network that learned the classes of {source.title} in their order, got "
-            f"{loaded.name} with {loaded.classes[:3]} and so on; give another"
+            f"distil.teacher: expected a network that learned the classes of {source.title} in their "
+            f"order, got {loaded.name} with {loaded.classes[:3]} and so on; give another"
         )
     return Teacher(loaded.model.to(device), wanted.kind, wanted.alpha, wanted.tau)
 
 
 def _data_config(recipe: Recipe) -> dict[str, Any]:
-    """Mean, deviation and side of the images that the network is published for; ImageNet's where it has none."""
+    """Mean, deviation and side of the images that the network is published for; ImageNet's where it has
+    none."""
     found: Any = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
     size = (
         found.input_size[-1]
@@ -218,15 +222,15 @@ def _begun(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if not recipe.resume:
         raise ValueError(
-            f"out: expected a new folder, got {folder} with a run in it; add --resume to go on with it, or name "
-            f"another folder with --out"
+            f"out: expected a new folder, got {folder} with a run in it; add --resume to go on with it, or "
+            "name another folder with --out"
         )
     old, new = _flat(before["recipe"]), _flat(recipe.to_json())
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE and old.get(name) != new.get(name):
             raise ValueError(
-                f"{name}: expected {old.get(name)!r}, with which {folder} was begun, got {new.get(name)!r}; use the "
-                f"same, or name another folder with --out"
+                f"{name}: expected {old.get(name)!r}, with which {folder} was begun, got "
+                f"{new.get(name)!r}; use the same, or name another folder with --out"
             )
     return before
 
@@ -249,8 +253,8 @@ def _check_classes(source: Source, before: dict[str, Any] | None, folder: Path) 
         )
     if before and before["data"]["train"] != source.train_size:
         raise ValueError(
-            f"data: expected the {before['data']['train']} training images with which {folder} was begun, got "
-            f"{source.train_size}; check data.root and data.split"
+            f"data: expected the {before['data']['train']} training images with which {folder} was begun, "
+            f"got {source.train_size}; check data.root and data.split"
         )
 
 
@@ -312,7 +316,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _save_verdicts(folder: Path, verdicts: Tensor) -> None:
     """evaluation.npz; see Classification.verdict."""
     k = (verdicts.shape[1] - 4) // 2
-    columns = {
+    columns: dict[str, Any] = {
         "labels": verdicts[:, 1].long().numpy(),
         "truth": verdicts[:, 3].float().numpy(),
         "top": verdicts[:, 4 : 4 + k].long().numpy(),
