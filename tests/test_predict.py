@@ -405,7 +405,7 @@ def test_processes_share_the_parts(run, images, tmp_path, monkeypatch):
         (["run", "notes.txt"], {}, "notes.txt, which is no image"),
         (["run", "s-{00..02}.tar"], {}, "expected 3 shards, got 3 that are not there, s-00.tar first"),
         (["run", "images"], {"out": "out.json"}, "ends in .csv or .parquet, got out.json"),
-        (["run", "images"], {"out": "notes.txt/out.csv"}, "expected a folder, got a file at notes.txt"),
+        (["run", "images"], {"out": "notes.txt/out.csv"}, "got 'Not a directory'; make room"),
         (["run", "images"], {"out": "mine.csv"}, "got mine.csv from elsewhere"),
         (["run", "images"], {"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
         (["run", "images"], {"batch_size": 0}, "batch_size: expected"),
