@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import os
-import subprocess
+import signal
 import sys
 import tarfile
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sansmax
@@ -155,7 +158,7 @@ def test_any_name_and_unreadable_images(run, tmp_path):
         "two words.PNG",
         'a,b;"c".png',
         "line\nbreak.png",
-        "grün–木.png",
+        "grün木.png",
         os.fsdecode(b"\xff.png"),
     ]
     (folder / "sub").mkdir(parents=True)
@@ -231,34 +234,20 @@ def test_what_is_no_tar_is_a_row_with_the_reason(run, tmp_path):
     assert row["error"]
 
 
-KILLED = """
-import os, signal, sys, time
-from pathlib import Path
-from sansmax.train.network import load_network
-from sansmax.train.predict import predict
-
-run, images, out, kills = *sys.argv[1:4], int(sys.argv[4])
-parts = Path(out + ".parts")
-def child(rank, world):
-    process = os.fork()
-    if not process:
+def forked(network, images, out, rank, world):
+    """A process that predicts; a fork, because the imports of a fresh one take seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads
+        process = os.fork()
+    if process:
+        return process
+    try:
+        torch.set_num_threads(1)  # the threads of the other process are not in this one
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        predict(load_network(run), images, out, top_k=2, batch_size=2, part_size=3, device="cpu")
+        predict(network, str(images), out, top_k=2, batch_size=2, part_size=3, device="cpu")
         os._exit(0)
-    return process
-def done():
-    return len(list(parts.glob("0*.csv")))
-for kill in range(kills):
-    before = done()
-    process = child(0, 1)
-    while done() <= before:
-        time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    print(done(), Path(out).exists(), flush=True)
-for process in [child(0, 2), child(1, 2)]:
-    assert os.waitpid(process, 0)[1] == 0
-"""
+    finally:
+        os._exit(1)
 
 
 def test_killed_twice_and_finished_by_two_processes(run, tmp_path):
@@ -266,15 +255,24 @@ def test_killed_twice_and_finished_by_two_processes(run, tmp_path):
     folder.mkdir()
     for i in range(120):
         picture(i, (150, 150)).save(folder / f"{i:03d}.png")
-    out = tmp_path / "out.csv"
-    arguments = [sys.executable, "-c", KILLED, run, str(folder), str(out), "2"]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    first, second = (line.split() for line in result.stdout.splitlines())
-    assert 0 < int(first[0]) < int(second[0]) < 40
-    assert [first[1], second[1]] == ["False", "False"]
-    assert [row["path"] for row in rows_of(out)] == [f"{i:03d}.png" for i in range(120)]
-    assert not any(row["error"] for row in rows_of(out))
+    network, out = load_network(run), tmp_path / "out.csv"
+    done = [0]
+    for _ in range(2):
+        process = forked(network, folder, out, 0, 1)
+        deadline = time.monotonic() + 60
+        while (count := len([*tmp_path.glob("out.csv.parts/0*.csv")])) <= done[-1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        done.append(count)
+    assert 0 < done[1] < done[2] < 40
+    assert not out.exists()
+    processes = [forked(network, folder, out, rank, 2) for rank in (0, 1)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    rows = rows_of(out)
+    assert [row["path"] for row in rows] == [f"{i:03d}.png" for i in range(120)]
+    assert not any(row["error"] for row in rows)
     assert {p.name for p in tmp_path.iterdir()} == {"run", "many", "out.csv", "out.csv.json"}
 
 
@@ -304,9 +302,10 @@ def stopping(monkeypatch, owner, name, after):
 )
 def test_stopped_anywhere_it_goes_on(owner, name, after, run, images, tmp_path, monkeypatch):
     network, out = load_network(run), tmp_path / "out.csv"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         stopping(patch, owner, name, after)
-        predict(network, str(images), out, part_size=3)
+        with pytest.raises(KeyboardInterrupt):
+            predict(network, str(images), out, part_size=3)
     forwards = stopping(monkeypatch, module, "_forward", 99)
     assert predict(network, str(images), out, part_size=3) == module.Outcome(13, 0, 0)
     assert len(forwards) == {"join": 0, "_forward": 3, "rmtree": 0}.get(name, 5 if after == 0 else 0)
@@ -334,23 +333,48 @@ def test_again_there_is_nothing_to_do_and_other_settings_are_refused(run, images
 
 def test_other_weights_do_not_go_on_with_parts(run, images, tmp_path, monkeypatch):
     out = tmp_path / "out.csv"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         stopping(patch, module, "_forward", 2)
-        predict(load_network(run), str(images), out, part_size=3)
+        with pytest.raises(KeyboardInterrupt):
+            predict(load_network(run), str(images), out, part_size=3)
     model = write_run(tmp_path / "run")
     with torch.no_grad():
         model.head.bias += 1
-    metadata = {"model": "vit_mini"}
-    other = load_network(run)
-    save_file(model.state_dict(), tmp_path / "other.safetensors", metadata)
-    other.model.load_state_dict(model.state_dict())
+    best = tmp_path / "run" / "best.safetensors"
+    with safe_open(best, "pt") as file:
+        metadata = file.metadata()
+    save_file(model.state_dict(), best, metadata)
     with pytest.raises(ValueError, match="out: expected weights"):
-        predict(
-            module.dataclasses_replace(other) if hasattr(module, "dataclasses_replace") else other,
-            str(images),
-            out,
-            part_size=3,
-        )
+        predict(load_network(run), str(images), out, part_size=3)
+
+
+def test_an_input_that_has_gone_is_refused_and_ctrl_c_says_how_to_go_on(
+    run, images, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        stopping(patch, module, "_forward", 2)
+        command(run, images, out=out, part_size=3, code=130)
+    assert "the same command goes on" in capsys.readouterr().err
+    images.rename(tmp_path / "elsewhere")
+    command(run, images, out=out, part_size=3, code=2)
+    assert f"got nothing at {images}" in capsys.readouterr().err
+    (tmp_path / "elsewhere").rename(images)
+    command(run, images, out=out, part_size=3)
+    assert len(rows_of(out)) == 13
+    assert not any(row["error"] for row in rows_of(out))
+
+
+def test_features_without_classes(run, images, tmp_path):
+    command(run, images, out=tmp_path / "out.csv", top_k=0, embeddings=True)
+    assert list(rows_of(tmp_path / "out.csv")[0]) == ["path", "error", "embedding"]
+    network = load_network(run)
+    network.model.reset_classifier(0)
+    with pytest.raises(ValueError, match="expected classes, got vit_mini, which has none; add --embeddings"):
+        predict(network, str(images), tmp_path / "none.csv")
+    predict(network, str(images), tmp_path / "features.csv", embeddings=True)
+    one, other = (rows_of(tmp_path / name)[3]["embedding"] for name in ("out.csv", "features.csv"))
+    assert one == other
 
 
 def test_processes_share_the_parts(run, images, tmp_path, monkeypatch):
@@ -381,7 +405,7 @@ def test_processes_share_the_parts(run, images, tmp_path, monkeypatch):
         (["run", "notes.txt"], {}, "notes.txt, which is no image"),
         (["run", "s-{00..02}.tar"], {}, "expected 3 shards, got 3 that are not there, s-00.tar first"),
         (["run", "images"], {"out": "out.json"}, "ends in .csv or .parquet, got out.json"),
-        (["run", "images"], {"out": "notes.txt/out.csv"}, "expected a folder, got a file at notes.txt"),
+        (["run", "images"], {"out": "notes.txt/out.csv"}, "got 'Not a directory'; make room"),
         (["run", "images"], {"out": "mine.csv"}, "got mine.csv from elsewhere"),
         (["run", "images"], {"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
         (["run", "images"], {"batch_size": 0}, "batch_size: expected"),

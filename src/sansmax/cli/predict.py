@@ -47,18 +47,21 @@ def main(
     console = Console(stderr=True)
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("parts", total=None)
-        outcome = predict(
-            network,
-            source,
-            out,
-            top_k=top_k,
-            embeddings=embeddings,
-            batch_size=batch_size,
-            part_size=part_size,
-            device=device,
-            precision=precision,
-            progress=lambda done, parts: progress.update(task, completed=done, total=parts),
-        )
+        try:
+            outcome = predict(
+                network,
+                source,
+                out,
+                top_k=top_k,
+                embeddings=embeddings,
+                batch_size=batch_size,
+                part_size=part_size,
+                device=device,
+                precision=precision,
+                progress=lambda done, parts: progress.update(task, completed=done, total=parts),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on where it stood") from None
     if outcome.missing:
         print(f"{out}: {outcome.missing} parts are missing, which other processes write")
     else:

@@ -1,7 +1,6 @@
 """How good a network is on a split of labelled images, at one image size after another."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..tasks._data import Images, load_images
 from ..tasks._data._decode import reason
-from ..tasks._data.split import open_split
+from ..tasks._data.shards import decoded, read_shard, shard_list
+from ..tasks._data.sources import workers
+from ..tasks._data.split import is_sharded, open_split
 from .checkpoint import read_json
 from .network import Network, enough_memory, pick_device
 from .recipe import Data, Recipe
@@ -28,8 +29,12 @@ __all__ = ["evaluate", "label_map", "open_labelled", "table"]
 SHOWN = 3
 
 
+# Of an image: the network's input, or why it cannot be read; the label; the name.
+Item = tuple[Tensor | str, int, str]
+
+
 class _Prepared(Dataset):
-    """(input, label, position) of every image; where one cannot be read, why, in place of the input."""
+    """Items of a split."""
 
     def __init__(self, split: Any, transform: Any) -> None:
         self.split, self.transform = split, transform
@@ -37,12 +42,45 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int, int]:
+    def __getitem__(self, index: int) -> Item:
+        name = self.split.name(index)
         try:
             image, label = self.split.picture(index)
-            return self.transform(image), label, index
+            return self.transform(image), label, name
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-            return reason(error), -1, index
+            return reason(error), -1, name
+
+
+class _Streamed(IterableDataset):
+    """Items of shards; every worker reads shards of its own."""
+
+    def __init__(self, split: "_Shards", transform: Any) -> None:
+        self.split, self.transform = split, transform
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        number, count = (info.id, info.num_workers) if info else (0, 1)
+        for path in self.split.paths[number::count]:
+            for sample in read_shard(path):
+                if isinstance(sample, tuple):
+                    yield sample[1], -1, sample[0]
+                    continue
+                name = f"{Path(path).name}/{sample['__key__']}"
+                try:
+                    image, label = decoded(sample, self.split.num_classes)
+                    yield self.transform(image), label, name
+                except Exception as error:  # as above
+                    yield reason(error), -1, name
+
+
+class _Shards:
+    """A split of WebDataset shards. Classes that are their own numbers have no names."""
+
+    def __init__(self, data: Data) -> None:
+        found = shard_list(data, data.split)
+        self.paths, self.num_classes = found.paths, len(found.classes)
+        numbers = list(map(str, range(self.num_classes)))
+        self.classes = None if found.classes == numbers else found.classes
 
 
 def evaluate(
@@ -58,7 +96,8 @@ def evaluate(
     """Top-1, top-5 and mean cross-entropy over all images that can be read, and top-1 of every class.
 
     Args:
-        split: len(split), split.classes, split.name(i) and split.picture(i) -> (RGB image, label).
+        split: of open_labelled, or with len(split), split.classes, split.name(i) and split.picture(i) ->
+            (RGB image, label).
         crop: share of the resized side that is kept; None: the network's.
         workers: processes that decode; 0: this one.
         device: auto, cpu or cuda.
@@ -79,10 +118,11 @@ def evaluate(
     size = network.num_classes
     counts = torch.zeros(2, size, dtype=torch.int64)  # images, and how many of them are right
     loss, top5, skipped = 0.0, 0, []
-    prepared = _Prepared(split, network.transform(crop))
+    prepare = _Streamed if isinstance(split, _Shards) else _Prepared
+    prepared = prepare(split, network.transform(crop))
     loader = DataLoader(prepared, batch_size, num_workers=workers, collate_fn=list)
     start = time.perf_counter()
-    for images, target in _batches(loader, split, skipped):
+    for images, target in _batches(loader, skipped):
         if target.max() >= len(labels):
             raise ValueError(
                 f"data: expected labels below {len(labels)}, got {int(target.max())}; give the data that "
@@ -180,13 +220,12 @@ def open_labelled(what: str, data: Data, network: Network) -> tuple[Data, Any]:
             )
         data = Recipe.from_json(recipe["recipe"]).data
         data = dataclasses.replace(data, split=data.val_split)
-    workers = min(8, os.cpu_count() or 1) if data.workers is None else data.workers
     data = dataclasses.replace(
-        data, workers=workers, num_classes=data.num_classes or len(network.classes or []) or None
+        data, workers=workers(data, 1), num_classes=data.num_classes or network.num_classes
     )
     if data.root == "digits" and not data.reader:
         return data, _Digits(load_images("digits", network.img_size))
-    return data, open_split(data, data.split)
+    return data, _Shards(data) if is_sharded(data) else open_split(data, data.split)
 
 
 class _Digits:
@@ -224,12 +263,10 @@ def table(network: Network, rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def _batches(
-    loader: DataLoader, split: Any, skipped: list[dict[str, str]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader, skipped: list[dict[str, str]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels of the images that can be read; the others are noted."""
     for entries in loader:
-        skipped += [{"path": split.name(i), "reason": x} for x, _, i in entries if isinstance(x, str)]
+        skipped += [{"path": name, "reason": x} for x, _, name in entries if isinstance(x, str)]
         if good := [(x, label) for x, label, _ in entries if not isinstance(x, str)]:
             images, labels = zip(*good, strict=True)
             yield torch.stack(images), torch.tensor(labels)

@@ -231,7 +231,7 @@ def _of_run(file: Path, metadata: dict[str, str]) -> Network:
 def _of_file(name: str, file: Path) -> Network:
     """A published checkpoint; the head has as many classes as the file."""
     _check_takes_images(name)
-    model: Any = build(name)
+    model: Any = timm.create_model(name)
     state = own_state(model, file)
     module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
     if adapt := getattr(module, "checkpoint_filter_fn", None):  # of timm: renames a checkpoint's keys
@@ -303,6 +303,10 @@ def _checked(network: Network, img_size: int) -> Network:
     try:
         if img_size != side and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(img_size, img_size))
+            embed = getattr(model, "patch_embed", None)
+            patch = max(getattr(embed, "patch_size", (1, 1)))
+            if img_size % patch and not getattr(embed, "dynamic_img_pad", False):
+                raise ValueError(f"no multiple of its patch of {patch}")
         with torch.inference_mode():
             output = model(torch.zeros(1, channels, img_size, img_size))
     except Exception as error:  # networks refuse with AssertionError, RuntimeError, ValueError and more

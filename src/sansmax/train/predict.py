@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -133,9 +133,9 @@ class _Work:
             return False
         self._check(read_json(self.told), self.out)
         with contextlib.suppress(FileNotFoundError):
-            self.folder.rename(self.out.with_name(f"{self._hidden()}done"))
+            self.folder.rename(self._fresh())
         for left in self.out.parent.iterdir():
-            if left.name.startswith(self._hidden()):
+            if left.name.startswith((self._hidden(), f".{self.told.name}-")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         return True
 
@@ -151,13 +151,12 @@ class _Work:
         """
         first = next(parts)
         if not self.folder.exists():
-            prepare_folder(self.out.parent)
-            fresh = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=self._hidden()))
+            fresh = self._fresh()
+            prepare_folder(fresh)
             try:
                 with (fresh / "parts.jsonl").open("w", encoding="utf-8") as file:
                     file.writelines(json.dumps(part) + "\n" for part in itertools.chain([first], parts))
                 write_json(fresh / "settings.json", self.settings)
-                fresh.chmod(0o755)
                 # The first of several processes wins: a folder with content is not replaced.
                 with contextlib.suppress(OSError):
                     fresh.rename(self.folder)
@@ -214,6 +213,10 @@ class _Work:
                     f"out: expected {name} {found.get(name)!r}, with which {where} was begun, got {value!r}; "
                     f"use the same, remove it, or name another file with --out"
                 )
+
+    def _fresh(self) -> Path:
+        """A temporary name of its own."""
+        return self.out.with_name(f"{self._hidden()}{uuid.uuid4().hex}")
 
     def _hidden(self) -> str:
         """How the names of all temporary files and folders begin."""
