@@ -303,9 +303,7 @@ def _about(recipe: Recipe, source: Source, model: nn.Module, command: str | None
     }
 
 
-def _metadata(
-    recipe: Recipe, about: dict[str, Any], point: dict[str, float], crop: float
-) -> dict[str, str]:
+def _metadata(recipe: Recipe, about: dict[str, Any], point: dict[str, float], crop: float) -> dict[str, str]:
     """What load_network needs to build the network again and to show it images."""
     of = about["network"]
     kind = recipe.augment.interpolation
