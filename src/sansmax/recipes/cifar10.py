@@ -9,7 +9,7 @@ RUNS = {f"cifar10_{name}": (name,) for name in _find.names("sansmax.layers")}
 
 
 def cifar10(mechanism: str) -> Recipe:
-    """A small ViT (192 channels, 6 blocks, patches of 4) with any mechanism on CIFAR-10 at 32 px.
+    """A small ViT (192 channels, 6 blocks, patches of 4 by a convolutional stem) with any mechanism at 32 px.
 
         sansmax train cifar10_sima --data.download
 
@@ -22,7 +22,14 @@ def cifar10(mechanism: str) -> Recipe:
     return Recipe(
         model="vit_mini",
         mechanism=mechanism,
-        model_args={"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6, "class_token": False},
+        model_args={
+            "patch_size": 4,
+            "embed_dim": 192,
+            "depth": 6,
+            "num_heads": 6,
+            "class_token": False,
+            "stem": "conv",
+        },
         img_size=32,
         eval_crop=1.0,
         drop_path=0.1,
