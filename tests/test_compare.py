@@ -290,7 +290,9 @@ def test_a_rate_that_is_too_high_keeps_what_is_finished(photos, tmp_path, capsys
     spoilt.append(True)
     code, printed = run(capsys, *words, "--mechanisms", "sima")
     assert code == 2
-    assert re.search(r"sansmax: sima: training: expected finite losses .* lower --lr; nothing was saved", printed.err)
+    assert re.search(
+        r"sansmax: sima: training: expected finite losses .* lower --lr; nothing was saved", printed.err
+    )
     assert (tmp_path / "out" / "softmax.json").exists()
 
 
