@@ -24,7 +24,7 @@ class Data:
     """Of shards without a list of classes."""
     memory: bool | None = None
     """Decode once and keep in memory (None: where all images fit into 1 GiB and no augmentation works on
-    single images, which are auto_augment and color_jitter)."""
+    single images, which are auto_augment, color_jitter and crops)."""
     workers: int | None = None
     """Processes that decode, for each training process (None: one a core, at most 8)."""
     shuffle_buffer: int = 4096
