@@ -227,7 +227,7 @@ def test_a_missing_or_unreadable_folder(tmp_path, monkeypatch):
 
 
 def test_an_unreadable_class_folder(photos, monkeypatch):
-    def walk(top, onerror):
+    def walk(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(top)))
 
     monkeypatch.setattr(folder_module.os, "walk", walk)

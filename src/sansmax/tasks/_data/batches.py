@@ -216,17 +216,17 @@ class Files:
         self.title, self.classes = train.title, train.classes
         self.split = val.title
         self.mean, self.std, self.device, self.workers = mean, std, device, workers
-        self.train_size, self.val_size, self.repeats = len(train), len(val), augment.repeats
+        self.train_size, self.val_size = len(train), len(val)
         self.skipped: list[dict[str, str]] = []
         self._splits = train, val
-        self._plan = Plan()
+        self._plan = Plan(len(train), augment.repeats)
         self._train = self._loader(
             Decoded(train, training_view(augment, size, mean), augment.reprob, substitute=True), self._plan
         )
         self._evaluated = Decoded(val, evaluation_view(size, crop, augment, mean))
 
     def train(self, epoch: int, update: int, part: Part) -> Iterator[Batch]:
-        self._plan.set(self, epoch, update, part)
+        self._plan.set(epoch, update, part)
         noted = Noted(self._train, self.skipped, self.title, part.piece)
         yield from normalised(noted, self.mean, self.std, self.device)
 
@@ -311,22 +311,26 @@ def normalised(
 class Plan:
     """The keys of an epoch's pieces for a DataLoader that keeps its workers from epoch to epoch."""
 
-    def set(self, source: Files, epoch: int, update: int, part: Part) -> None:
-        self.source, self.epoch, self.update, self.part = source, epoch, update, part
+    def __init__(self, count: int, repeats: int) -> None:
+        self.count, self.repeats = count, repeats
+
+    def set(self, epoch: int, update: int, part: Part) -> None:
+        self.epoch, self.update, self.part = epoch, update, part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        source, part = self.source, self.part
-        entries = order(source.train_size, part.seed, self.epoch, source.repeats)
-        for number in range(self.update, source.train_size // part.batch_size):
+        part = self.part
+        entries = order(self.count, part.seed, self.epoch, self.repeats)
+        for number in range(self.update, self.count // part.batch_size):
             positions = torch.arange(number * part.batch_size, (number + 1) * part.batch_size)
             for micro in range(part.accumulate):
+                mine = part.rows(positions, micro)
                 yield [
-                    (int(entries[at]), draw(part.seed, "view", self.epoch, at))
-                    for at in part.rows(positions, micro).tolist()
+                    (image, draw(part.seed, "view", self.epoch, at))
+                    for image, at in zip(entries[mine].tolist(), mine.tolist(), strict=True)
                 ]
 
     def __len__(self) -> int:
-        return (self.source.train_size // self.part.batch_size - self.update) * self.part.accumulate
+        return (self.count // self.part.batch_size - self.update) * self.part.accumulate
 
 
 def training_view(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Any:

@@ -12,7 +12,8 @@ class Data:
     root: str = "digits"
     """digits (scikit-learn's, no download), or a folder, a .tar, a folder of shards, a torchvision folder."""
     reader: str = ""
-    """torch/cifar10, hfds/<name>, wds and the like, as in timm; empty: found by looking at the root."""
+    """torch/cifar10, hfds/<name> (of a local set hfds/./<path>), wds and the like, as in timm; empty: found
+    by looking at the root."""
     split: str = "train"
     """Name of the training split: a folder, a split of the data set, or shards as train-{0000..0099}.tar."""
     val_split: str = "validation"

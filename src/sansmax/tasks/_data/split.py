@@ -304,7 +304,7 @@ class _HuggingFace:
     split: str
 
     def name(self, index: int) -> str:
-        return f"{self.split}/{os.path.basename(self.images.filename(index) or '') or index}"
+        return f"{self.split}/{index}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.images[index]
