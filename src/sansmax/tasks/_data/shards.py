@@ -4,7 +4,6 @@ The order of a worker's images follows from the seed, the epoch, and its number 
 processes, so going on at an update means reading the shards anew and leaving out what was seen, undecoded.
 """
 
-import contextlib
 import io
 import itertools
 import json
@@ -150,7 +149,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any] | Failure]:
         return note(ValueError(str(error.args[0]).partition(" in tar file")[0]))
 
     try:
-        with contextlib.nullcontext(gopen(url)) if _remote(url) else open(url, "rb") as stream:
+        with gopen(url) if _remote(url) else open(url, "rb") as stream:
             for sample in group_by_keys(_members(stream, url, note), handler=twice):
                 yield sample
                 yield from failures
