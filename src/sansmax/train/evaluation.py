@@ -59,7 +59,8 @@ def _batches(
 ) -> Iterator[tuple[Batch, bool]]:
     """This process's batches, and whether they count. Where weights are gathered from all processes (FSDP),
     one that has no more goes on with the first while another has."""
-    batches = iter(task.val_batches(made.process_index, made.num_processes, batch_size))
+    given = task.val_batches(made.process_index, made.num_processes, batch_size)
+    batches = (batch for batch in given if len(batch.images))
     together = isinstance(network, FSDPModule) and made.num_processes > 1
     spare = None
     while True:
