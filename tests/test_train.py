@@ -142,8 +142,8 @@ def test_losses_that_are_never_finite_stop_with_a_sentence(factor):
     task = digits(kind=Spy)
     task.factor = factor
     words = (
-        r"training: expected finite losses and gradients, got 3 updates in a row without, up to update 3 of 8 "
-        r"\(loss (nan|inf), gradient nan, lr 0.01, seed 0\); begin in another folder with a lower --optim.lr "
+        r"training: expected finite losses and gradients, got 3 updates in a row without, up to update 3 "
+        r"of 8 \(loss (nan|inf), gradient nan, lr 0.01, seed 0\); begin in another folder with a lower --optim.lr "
         r"or --optim.clip; nothing was saved, because the run has no folder"
     )
     with pytest.raises(ValueError, match=words):
