@@ -143,8 +143,8 @@ def test_losses_that_are_never_finite_stop_with_a_sentence(factor):
     task.factor = factor
     words = (
         r"training: expected finite losses and gradients, got 3 updates in a row without, up to update 3 "
-        r"of 8 \(loss (nan|inf), gradient nan, lr 0.01, seed 0\); begin in another folder with a lower --optim.lr "
-        r"or --optim.clip; nothing was saved, because the run has no folder"
+        r"of 8 \(loss (nan|inf), gradient nan, lr 0.01, seed 0\); begin in another folder with a lower "
+        r"--optim.lr or --optim.clip; nothing was saved, because the run has no folder"
     )
     with pytest.raises(ValueError, match=words):
         train(network(), task, recipe(bad_steps=3))

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # pyright: ignore
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
@@ -16,7 +16,7 @@ __all__ = ["average", "optimizer", "schedule"]
 
 SCHEDULES = ("cosine", "poly", "step", "tanh")
 # They need a package or a GPU, second derivatives, or keep what a saved state does not hold.
-UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*"]
+UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*", "kron*"]
 STEP_EPOCHS = 90  # of sched="step", in which the rate falls to a tenth; timm's
 
 
@@ -35,10 +35,16 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             f"optim.layer_decay: expected a network with group_matcher(), got {recipe.model}, which has "
             "none; leave it out"
         )
+    known = get_optimizer_info(name)
+    if wanted.betas and not known.has_betas:
+        raise ValueError(
+            f"optim.betas: expected none with {name}, which has no such setting, got {wanted.betas}; leave "
+            "it out"
+        )
     words: dict[str, Any] = {"betas": wanted.betas} if wanted.betas else {}
     if name in ("adam", "adamw"):
         words["fused"] = True
-    elif name in ("sgd", "momentum", "nesterov", "rmsprop"):
+    if known.has_momentum:
         words["momentum"] = wanted.momentum
     try:
         return create_optimizer_v2(

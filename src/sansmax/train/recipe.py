@@ -41,7 +41,9 @@ class Optim:
     weight_decay: float = 0.05
     """Not of biases, of other vectors, and of what the network lists in no_weight_decay()."""
     betas: tuple[float, float] | None = None
+    """Of optimisers that have them; None: their own."""
     momentum: float = 0.9
+    """Of optimisers that have one."""
     clip: float | None = None
     """Largest norm of all gradients together; None: no clipping."""
     sched: str = "cosine"
