@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         outcome = run(chosen, Console(stderr=True), chosen.command(name, base))
     except Interrupted as stop:
         print(f"sansmax: {stop}", file=sys.stderr)
-        return 143 if "SIGTERM" in str(stop) else 130
+        return 143 if str(stop).startswith("interrupted by SIGTERM") else 130
     top5 = f", top-5 {100 * outcome.curve[-1]['top5']:.1f} %" if "top5" in outcome.curve[-1] else ""
     if PartialState().is_main_process:
         print(f"{chosen.out}: top-1 {100 * outcome.score:.1f} %{top5}, {outcome.images_per_s:,.0f} images/s")

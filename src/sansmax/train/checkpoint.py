@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["States", "prepare_folder", "read_json", "replace_file", "write_json", "write_text"]
+__all__ = ["States", "prepare_folder", "read_json", "refused", "replace_file", "write_json", "write_text"]
 
 PROBE_BYTES = 2**20
 
@@ -28,7 +28,7 @@ def prepare_folder(folder: Path) -> None:
             f"out: expected a folder, got a file at {folder}; name another folder with --out"
         ) from None
     except OSError as error:
-        raise _refused(folder, error) from None
+        raise refused(folder, error) from None
     probe = folder / f".probe-{os.getpid()}"
     try:
         write_text(probe, "\0" * PROBE_BYTES)
@@ -59,7 +59,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _refused(path, error) from None
+        raise refused(path, error) from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -76,7 +76,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _refused(path: Path, error: OSError) -> OSError:
+def refused(path: Path, error: OSError) -> OSError:
+    """The error as a sentence that says what to do."""
     return type(error)(
         f"out: expected to be able to write {path}, got {error.strerror!r}; make room, change its rights or "
         f"name another folder; what was finished is kept"
@@ -106,6 +107,11 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def _save(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given the path, PyTorch makes of a full disk a RuntimeError
+        torch.save(state, file)
+
+
 class States:
     """Resumable states of a run in a folder: `state-<update>.pt`, the last `keep` of them.
 
@@ -124,7 +130,7 @@ class States:
         """Writes a state whole or not at all, then removes what is older than the last `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"state-{update:09d}.pt"
-        replace_file(path, lambda temporary: torch.save(state, temporary))
+        replace_file(path, lambda temporary: _save(state, temporary))
         for old in self.paths()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path

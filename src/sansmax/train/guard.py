@@ -2,6 +2,7 @@
 
 import re
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -96,7 +97,7 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
     except torch.OutOfMemoryError as error:
         found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         wanted = found.group(1) if found else "more"
-        error.__traceback__ = None  # it holds the tensors of the step that failed
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step that failed
         torch.cuda.empty_cache()
         fits = estimate()
         hint = (
@@ -111,6 +112,11 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
         ) from None
     except RuntimeError as error:
         words = " ".join(str(error).split())
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ValueError(
+                f"compile: expected a network and a machine on which torch.compile works, got "
+                f"{words[:160]!r}; leave --compile out; {saved()}"
+            ) from None
         if "DataLoader worker" in words:
             raise ValueError(
                 f"data.workers: expected processes that decode images to live, got {words[:160]!r}; lower "
@@ -122,3 +128,8 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
                 f"--img-size, or raise --accumulate; {saved()}"
             ) from None
         raise
+    except StopIteration:
+        raise ValueError(
+            "data: expected images for every update of an epoch, got fewer; check data.root and "
+            f"data.num_samples; {saved()}"
+        ) from None

@@ -1,12 +1,15 @@
 """What a run tells while it goes on: metrics.jsonl, TensorBoard, Weights & Biases, a line on the terminal."""
 
 import json
+import math
+import secrets
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .checkpoint import refused, write_text
 from .recipe import Recipe
 from .state import Position
 
@@ -28,8 +31,9 @@ class Log:
         self._path = folder / "metrics.jsonl" if folder else None
         self._trackers: list[Any] = []
         if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = [line for line in _lines(self._path) if _stays(line, at.update, at.evaluated)]
-            self._path.write_text("".join(map(_text, lines)), encoding="utf-8")
+            write_text(self._path, "".join(map(_text, lines)))
         if folder and recipe.tensorboard:
             self._trackers.append(_TensorBoard(folder, at.update))
         if folder and recipe.wandb:
@@ -61,16 +65,30 @@ class Log:
         self._progress.update(self._bar, completed=update)
 
     def line(self, kind: str, **values: Any) -> None:
-        """One line of metrics.jsonl, on disk when this returns."""
+        """One line of metrics.jsonl, written when this returns; numbers that are not finite become null.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        values = {name: value if _finite(value) else None for name, value in values.items()}
         if kind == "train":
-            words = f" {values['images_per_s']:,.0f} images/s, {values['data_wait']:.0%} waiting for data"
-            self._progress.update(self._bar, words=f" {words} loss {values['loss']:.3f}")
+            loss = "not finite" if values["loss"] is None else f"{values['loss']:.3f}"
+            rate = f"{values['images_per_s']:,.0f} images/s, {values['data_wait']:.0%} waiting for data"
+            self._progress.update(self._bar, words=f", loss {loss}, {rate}")
         if self._path is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_text({"kind": kind, **values}))
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_text({"kind": kind, **values}))
+        except OSError as error:
+            raise refused(self._path, error) from None
+        told = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         for tracker in self._trackers:
-            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, values["update"])
+            tracker.log(told, values["update"])
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _stays(line: dict[str, Any], update: int, evaluated: int) -> bool:
@@ -100,7 +118,7 @@ class _TensorBoard:
             raise ValueError(
                 "tensorboard: expected the package tensorboard, got none; pip install sansmax[log]"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
     def log(self, values: dict[str, float], update: int) -> None:
         for name, value in values.items():
@@ -118,9 +136,16 @@ class _Wandb:
             raise ValueError(
                 "wandb: expected the package wandb, got none; pip install sansmax[wandb]"
             ) from None
-        name = folder.resolve().name
+        identity = folder / "wandb-id"  # not the folder's name, which another run may have had
+        if not identity.is_file():
+            write_text(identity, secrets.token_hex(8))
         self._run = wandb.init(
-            project=recipe.wandb, id=name, resume="allow", dir=str(folder), config=recipe.to_json()
+            project=recipe.wandb,
+            name=folder.resolve().name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=recipe.to_json(),
         )
 
     def log(self, values: dict[str, float], update: int) -> None:

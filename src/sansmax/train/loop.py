@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ __all__ = ["Outcome", "Task", "train"]
 class Task(Protocol):
     """What the loop asks of a task (sansmax.tasks)."""
 
+    classes: list[str]
     train_size: int
     val_size: int
 
@@ -87,7 +89,8 @@ def train(
     optimizer = made.prepare(optim.optimizer(model, recipe))
     schedule = optim.schedule(optimizer.optimizer, recipe, epoch_updates)
     network = model if recipe.parallel == "fsdp" else made.prepare(model)
-    evaluated = average.module if average and recipe.optim.evaluate_ema else network
+    # Not DDP's copy, which exchanges buffers at every forward pass: processes may have unequally many.
+    evaluated = average.module if average and recipe.optim.evaluate_ema else model
     norms = NormBuffers(model)
     keeper = Keeper(recipe, folder, made, network, optimizer.optimizer, average)
     at = keeper.load()
@@ -101,6 +104,14 @@ def train(
         )
         at.processes = made.num_processes
 
+    def scored() -> Tensor:
+        # Four pieces without activations take less memory than one with them.
+        return evaluate(evaluated, task, made, min(256, 4 * part.piece), leave)
+
+    def leave() -> None:
+        if signals.name and made.num_processes == 1:
+            raise Interrupted(f"interrupted by {signals.name}: {keeper.words(total)}")
+
     verdicts = None
     with (
         Signals() as signals,
@@ -112,10 +123,8 @@ def train(
             if at.update % epoch_updates == 0 and at.evaluated < epoch:
                 keeper.save(at)  # first: an evaluation can be repeated
                 started = time.perf_counter()
-                verdicts = evaluate(
-                    evaluated, task, made, signals=signals if made.num_processes == 1 else None
-                )
-                found = scores(verdicts)
+                verdicts = scored()
+                found = scores(verdicts, len(task.classes))
                 at.curve.append(
                     {"epoch": epoch, "loss": at.epoch_loss / max(1, at.epoch_good), **_held_out(found)}
                 )
@@ -137,16 +146,14 @@ def train(
                     waited += time.perf_counter() - clock
                     torch.manual_seed(draw(recipe.seed, "step", at.update, micro, made.process_index))
                     with parallel.last_backward(network, made, micro == recipe.accumulate - 1):
-                        with made.autocast():
-                            outputs = network(inputs)
-                        piece = task.loss(outputs, targets) / recipe.accumulate
-                        made.backward(piece)
-                    loss += piece.detach()
+                        loss += _learned(network, task, made, inputs, targets, recipe.accumulate)
                 norm = made.clip_grad_norm_(network.parameters(), recipe.optim.clip or float("inf"))
                 mean_loss, norm, asked = parallel.agreed(made, loss, norm, bool(signals.name))
                 good = math.isfinite(mean_loss + norm)
-                if good or made.scaler is not None:  # which lowers its scale and takes no step
+                if good:
                     optimizer.step()
+                elif made.scaler is not None:
+                    made.scaler.update()  # a lower scale
                 optimizer.zero_grad()
                 norms.keep() if good else norms.restore()
                 if good and average:
@@ -169,8 +176,8 @@ def train(
                     raise ValueError(
                         f"training: expected finite losses and gradients, got {at.bad} updates in a row "
                         f"without, up to update {at.update} of {total} (loss {mean_loss:g}, gradient "
-                        f"{norm:g}, lr {recipe.lr():g}, seed {recipe.seed}); lower --optim.lr or "
-                        f"--optim.clip; {keeper.words(total)}"
+                        f"{norm:g}, lr {recipe.lr():g}, seed {recipe.seed}); begin in another folder with a "
+                        f"lower --optim.lr or --optim.clip; {keeper.words(total)}"
                     )
                 if asked:
                     keeper.save(at)
@@ -180,16 +187,30 @@ def train(
                 if recipe.save_every and at.update % recipe.save_every == 0:
                     keeper.save(at)
         if verdicts is None:  # the run had been finished
-            verdicts = evaluate(evaluated, task, made)
+            verdicts = scored()
     return Outcome(
         recipe.seed,
-        scores(verdicts)["top1"],
+        scores(verdicts, len(task.classes))["top1"],
         at.seconds,
         at.update * part.batch_size / at.seconds,
         at.curve,
         verdicts,
         at.skipped,
     )
+
+
+def _learned(
+    network: nn.Module, task: Task, made: Accelerator, inputs: Tensor, targets: Any, pieces: int
+) -> Tensor:
+    """Forward and backward of one of the pieces of an update; its share of the loss.
+
+    Its variables hold the activations, and go with it when memory is full.
+    """
+    with made.autocast():
+        outputs = network(inputs)
+    loss = task.loss(outputs, targets) / pieces
+    made.backward(loss)
+    return loss.detach()
 
 
 def _held_out(found: dict[str, float]) -> dict[str, float]:

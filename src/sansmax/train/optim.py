@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # pyright: ignore
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
@@ -15,6 +15,9 @@ from .recipe import Recipe
 __all__ = ["average", "optimizer", "schedule"]
 
 SCHEDULES = ("cosine", "poly", "step", "tanh")
+# They need a package or a GPU, second derivatives, or keep what a saved state does not hold.
+UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*", "kron*"]
+STEP_EPOCHS = 90  # of sched="step", in which the rate falls to a tenth; timm's
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -22,28 +25,41 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     depth where layer_decay is given (model.group_matcher()).
 
     Raises:
-        ValueError: timm has no such optimiser, or the network no groups of layers.
+        ValueError: timm has no such optimiser, it does not take the settings, or the network has no groups
+            of layers.
     """
     wanted = recipe.optim
-    name = pick("optimisers", wanted.opt, map(str, list_optimizers()))
+    name = pick("optimisers", wanted.opt, map(str, list_optimizers(exclude_filters=UNFIT)))
     if wanted.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise ValueError(
             f"optim.layer_decay: expected a network with group_matcher(), got {recipe.model}, which has "
             "none; leave it out"
         )
+    known = get_optimizer_info(name)
+    if wanted.betas and not known.has_betas:
+        raise ValueError(
+            f"optim.betas: expected none with {name}, which has no such setting, got {wanted.betas}; leave "
+            "it out"
+        )
     words: dict[str, Any] = {"betas": wanted.betas} if wanted.betas else {}
     if name in ("adam", "adamw"):
         words["fused"] = True
-    elif name in ("sgd", "momentum", "nesterov", "rmsprop"):
+    if known.has_momentum:
         words["momentum"] = wanted.momentum
-    return create_optimizer_v2(
-        model,
-        opt=name,
-        lr=recipe.lr(),
-        weight_decay=wanted.weight_decay,
-        layer_decay=wanted.layer_decay,
-        **words,
-    )
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=name,
+            lr=recipe.lr(),
+            weight_decay=wanted.weight_decay,
+            layer_decay=wanted.layer_decay,
+            **words,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim.opt: expected settings that {name} takes, got {' '.join(str(error).split())!r}; check "
+            "optim.betas, optim.momentum and optim.weight_decay"
+        ) from None
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Scheduler:
@@ -62,6 +78,7 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> 
         sched=known,
         num_epochs=recipe.epochs if per_epoch else max(2, recipe.epochs * updates),
         warmup_epochs=round(wanted.warmup * unit),
+        decay_epochs=STEP_EPOCHS * unit,
         warmup_lr=wanted.warmup_lr,
         min_lr=wanted.min_lr,
         step_on_epochs=True,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ def accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError(
             f"precision: expected fp32 or bf16 {where}, where losses cannot be scaled, got fp16; use bf16"
         )
+    # A run before this one in the process may have had another precision; the processes stay.
+    AcceleratorState._reset_state()
     made = Accelerator(
         cpu=device == "cpu", mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision)
     )
@@ -106,7 +109,12 @@ def placed(model: nn.Module, recipe: Recipe, made: Accelerator) -> tuple[nn.Modu
                 f"checkpointing: expected a network with set_grad_checkpointing(), got {recipe.model}, "
                 "which has none; leave it out"
             )
-        model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        try:
+            model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        except AssertionError as error:  # timm's networks that cannot
+            raise ValueError(
+                f"checkpointing: expected a network that can, got {recipe.model} ({error}); leave it out"
+            ) from None
     average = optim.average(model, recipe)
     if recipe.parallel == "fsdp":
         model = sharded(model, made)
@@ -154,11 +162,13 @@ def fitting(network: nn.Module, task: Any, made: Accelerator, share: Part) -> in
     def peak(count: int) -> float:
         torch.cuda.reset_peak_memory_stats()
         inputs, targets = next(task.train_batches(0, 0, Part(2 * count)))
-        task.loss(network(inputs), targets).backward()
+        with made.autocast():
+            outputs = network(inputs)
+        task.loss(outputs, targets).backward()
         network.zero_grad(set_to_none=True)
         return torch.cuda.max_memory_allocated()
 
-    if made.num_processes > 1:
+    if made.num_processes > 1 or share.piece < 4 or task.train_size < share.piece:
         return 0
     capacity = torch.cuda.get_device_properties(made.device).total_memory
     return 2 * fitting_batch(peak, capacity, share.piece // 2)
@@ -172,12 +182,18 @@ def weights(model: nn.Module) -> dict[str, Any]:
 
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimiser, whole: what any number of processes can load (collective)."""
-    return {"model": weights(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE)}
+    # To tell the state of an optimiser that has none yet, PyTorch would let it take a step.
+    kept = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
+    return {"model": weights(model), "optimizer": kept}
 
 
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
     """What `states` gave, into a network wrapped in any way (collective)."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, state["model"], options=options)
-    if optimizer is not None:
+    set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=True))
+    if optimizer is not None and state["optimizer"]:
+        # Not strict: a parameter that never had a gradient has no state, before and after.
+        options = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        for name, parameter in getattr(model, "module", model).named_parameters():
+            if name not in state["optimizer"]["state"]:
+                optimizer.state.pop(parameter, None)

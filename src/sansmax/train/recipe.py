@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
+import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,7 @@ from ..tasks._data.settings import Augment, Data
 
 __all__ = ["Augment", "Data", "Distil", "Optim", "Recipe"]
 
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
 
 Words = Annotated[
     dict[str, Any],
@@ -31,7 +33,7 @@ class Optim:
     """How weights change."""
 
     opt: str = "adamw"
-    """Any of timm.optim.list_optimizers()."""
+    """Any of timm.optim.list_optimizers() that needs no further package and no second derivatives."""
     lr: float = 5e-4
     """Highest learning rate, for lr_batch images an update."""
     lr_batch: int | None = 512
@@ -39,11 +41,13 @@ class Optim:
     weight_decay: float = 0.05
     """Not of biases, of other vectors, and of what the network lists in no_weight_decay()."""
     betas: tuple[float, float] | None = None
+    """Of optimisers that have them; None: their own."""
     momentum: float = 0.9
+    """Of optimisers that have one."""
     clip: float | None = None
     """Largest norm of all gradients together; None: no clipping."""
     sched: str = "cosine"
-    """Any of timm's schedules that depends on time alone."""
+    """cosine, poly, tanh, or step (a tenth every 90 epochs), as timm's."""
     per: Literal["epoch", "update"] = "epoch"
     """Whether the rate stands still during an epoch, as in the papers' code, or changes at every update."""
     warmup: float = 5
@@ -82,7 +86,8 @@ class Recipe:
     model_args: Words = field(default_factory=dict)
     """Further words for the network's constructor, as JSON."""
     weights: str = ""
-    """Weights to begin with: a checkpoint, a run folder, or pretrained; empty: random ones."""
+    """Weights to begin with: a checkpoint, a run folder, or pretrained; empty: random ones. A run that goes
+    on has its own."""
     img_size: int | None = None
     """Side of the images; None: as the network was published, or as they are in a set held in memory."""
     eval_crop: float = 0.875
@@ -239,10 +244,18 @@ class Recipe:
                 f"optim.warmup: expected whole epochs with optim.per epoch, got {o.warmup:g}; use "
                 "optim.per update"
             )
-        if self.resume and self.weights:
+        for part, prefix in [(self, ""), (o, "optim."), (self.distil, "distil.")]:
+            for name, kind in typing.get_type_hints(type(part)).items():
+                known, value = typing.get_args(kind), getattr(part, name)
+                if typing.get_origin(kind) is Literal and value not in known:
+                    raise ValueError(f"{prefix}{name}: expected one of {', '.join(known)}, got {value!r}")
+        if a.interpolation not in INTERPOLATIONS:
             raise ValueError(
-                f"weights: expected none with resume, which brings its own, got {self.weights!r}; leave "
-                "one out"
+                f"augment.interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {a.interpolation!r}"
+            )
+        if not isinstance(self.model_args, dict):
+            raise ValueError(
+                f"""model_args: expected a JSON object such as '{{"depth": 6}}', got {self.model_args!r}"""
             )
         return self
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -22,9 +22,9 @@ from ..tasks._data.batches import InMemory, Source
 from ..tasks._data.sources import open_source
 from ..tasks.classification import Classification, Teacher
 from . import parallel
-from .checkpoint import prepare_folder, read_json, replace_file, write_json, write_text
+from .checkpoint import States, prepare_folder, read_json, replace_file, write_json, write_text
 from .loop import Outcome, train
-from .network import build, load_network
+from .network import Network, build, load_network
 from .recipe import Recipe
 
 __all__ = ["run"]
@@ -46,7 +46,6 @@ FREE = {
     "channels_last",
     "checkpointing",
     "accumulate",
-    "weights",
     "data.workers",
     "data.root",
     "data.download",
@@ -76,6 +75,7 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         prepare_folder(folder)
     made.wait_for_everyone()
     before = _begun(folder, recipe)
+    made.wait_for_everyone()  # all have looked before one writes
     config = _data_config(recipe)
     with console.status("reading the images"):
         source = open_source(
@@ -86,22 +86,25 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
             config["mean"],
             config["std"],
             made.device,
-            PartialState().num_processes,
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
     _check_classes(source, before, folder)
+    size = recipe.img_size or source_size(source)
     model = network(recipe, source)
-    if recipe.weights and not (before and recipe.resume):
+    _check_outputs(model, recipe, torch.zeros(1, len(source.mean), size, size), len(source.classes))
+    if recipe.weights and not (recipe.resume and States(folder / "states").paths()):
         load_weights(model, recipe)
-    task = Classification(source, recipe.augment, teacher(recipe, source, made.device))
-    about = _about(recipe, source, model, command)
+    task = Classification(source, recipe.augment, teacher(recipe, source, size, made.device))
+    about = before or _about(recipe, source, model, size, command)
     if made.is_main_process and not before:
         write_json(folder / "recipe.json", about)
-    best = [(before or {}).get("best", -math.inf)] if recipe.resume else [-math.inf]
+    best = [about.get("best", -math.inf)]
 
     def keep(point: dict[str, float], evaluated: nn.Module, verdicts: Tensor) -> None:
         """After every epoch: the best weights, what could not be read."""
         best_so_far = point["top1"] > best[0]
         last = point["epoch"] == recipe.epochs
+        best[0] = max(best[0], point["top1"])
         tensors = parallel.weights(evaluated) if best_so_far or last else {}
         if not made.is_main_process:
             return
@@ -112,7 +115,6 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
                 folder / f"{name}.safetensors", lambda path, content=content: path.write_bytes(content)
             )
         if best_so_far:
-            best[0] = point["top1"]
             write_json(folder / "recipe.json", {**about, "best": best[0]})
         _save_verdicts(folder, verdicts)
         if source.skipped:
@@ -159,7 +161,12 @@ def network(recipe: Recipe, source: Source) -> nn.Module:
 
 def source_size(source: Source) -> int:
     """Side of the images that a source gives."""
-    return next(iter(source.val(0, 1, 1))).images.shape[-1]
+    batch = next(iter(source.val(0, 1, 1)), None)
+    if batch is None:
+        raise ValueError(
+            "data: expected held-out images that can be read, got none; check data.root and data.val_split"
+        )
+    return batch.images.shape[-1]
 
 
 def load_weights(model: Any, recipe: Recipe) -> None:
@@ -190,7 +197,7 @@ def load_weights(model: Any, recipe: Recipe) -> None:
     model.load_state_dict(fits, strict=False)
 
 
-def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | None:
+def teacher(recipe: Recipe, source: Source, size: int, device: torch.device) -> Teacher | None:
     """The network that is learned from, on the device.
 
     Raises:
@@ -199,7 +206,7 @@ def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | N
     wanted = recipe.distil
     if not wanted.teacher:
         return None
-    loaded = load_network(wanted.teacher, img_size=recipe.img_size, num_classes=len(source.classes))
+    loaded = load_network(wanted.teacher, img_size=size, num_classes=len(source.classes))
     if loaded.in_chans != len(source.mean):
         raise ValueError(
             f"distil.teacher: expected a network for {len(source.mean)} channels, got {loaded.name} with "
@@ -210,7 +217,22 @@ def teacher(recipe: Recipe, source: Source, device: torch.device) -> Teacher | N
             f"distil.teacher: expected a network that learned the classes of {source.title} in their "
             f"order, got {loaded.name} with {loaded.classes[:3]} and so on; give another"
         )
-    return Teacher(loaded.model.to(device), wanted.kind, wanted.alpha, wanted.tau)
+    seen = nn.Sequential(Renormalised(source, loaded), loaded.model)
+    return Teacher(seen.to(device), wanted.kind, wanted.alpha, wanted.tau)
+
+
+class Renormalised(nn.Module):
+    """Images with the mean and deviation of a source, given those of another network."""
+
+    def __init__(self, source: Source, other: Network) -> None:
+        super().__init__()
+        mean, std, its_mean, its_std = (
+            torch.tensor(x)[:, None, None] for x in (source.mean, source.std, other.mean, other.std)
+        )
+        self.scale, self.shift = nn.Buffer(std / its_std), nn.Buffer((mean - its_mean) / its_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift
 
 
 def _data_config(recipe: Recipe) -> dict[str, Any]:
@@ -240,7 +262,12 @@ def _begun(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             f"out: expected a new folder, got {folder} with a run in it; add --resume to go on with it, or "
             "name another folder with --out"
         )
-    old, new = _flat(before["recipe"]), _flat(recipe.to_json())
+    if not isinstance(before, dict) or not {"recipe", "classes", "data", "network"} <= before.keys():
+        raise ValueError(
+            f"out: expected what `sansmax train` writes in {folder / 'recipe.json'}, got something else; "
+            "name another folder with --out"
+        )
+    old, new = _flat(Recipe.from_json(before["recipe"]).to_json()), _flat(recipe.to_json())
     for name in sorted(old.keys() | new.keys()):
         if name not in FREE and old.get(name) != new.get(name):
             raise ValueError(
@@ -273,8 +300,26 @@ def _check_classes(source: Source, before: dict[str, Any] | None, folder: Path) 
         )
 
 
-def _about(recipe: Recipe, source: Source, model: nn.Module, command: str | None) -> dict[str, Any]:
-    size = recipe.img_size or source_size(source)
+def _check_outputs(model: nn.Module, recipe: Recipe, images: Tensor, classes: int) -> None:
+    try:
+        with torch.inference_mode():
+            outputs = model.eval()(images)
+    except Exception as error:  # networks refuse with AssertionError, RuntimeError, ValueError and more
+        raise ValueError(
+            f"img_size: expected a size that {recipe.model} takes, got {images.shape[-1]} "
+            f"({' '.join(str(error).split()) or type(error).__name__}); use another, or leave it out"
+        ) from None
+    if not isinstance(outputs, Tensor) or outputs.shape != (1, classes):
+        raise ValueError(
+            f"model: expected a network that classifies images, got {recipe.model}, which gives something "
+            "else; choose another"
+        )
+    model.train()
+
+
+def _about(
+    recipe: Recipe, source: Source, model: nn.Module, size: int, command: str | None
+) -> dict[str, Any]:
     shape = (1, len(source.mean), size, size)
     return {
         "sansmax": __version__,

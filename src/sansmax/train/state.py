@@ -71,6 +71,11 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self._states = States(self.folder / "states", self.recipe.keep) if self.folder else None
+        if self._states and not self.recipe.resume and self._states.paths():
+            raise ValueError(
+                f"out: expected a new folder, got {self.folder} with states of a run in it; add --resume to "
+                "go on with it, or name another folder with --out"
+            )
         self.saved = 0 if self.folder else None  # the update of the newest state
 
     def save(self, at: Position) -> None:
@@ -102,14 +107,14 @@ class Keeper:
             parallel.load_states(self.network, self.optimizer, state)
             if self.average:
                 parallel.load_states(self.average.module, None, {"model": state["average"]})
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            if self.made.scaler is not None and state["scaler"]:
+                self.made.scaler.load_state_dict(state["scaler"])
+            at = Position(**state["position"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"resume: expected the state of this network and optimiser in {self.folder}, got "
                 f"{' '.join(str(error).split())[:200]}; use the recipe with which the run was begun"
             ) from None
-        if self.made.scaler is not None and state["scaler"]:
-            self.made.scaler.load_state_dict(state["scaler"])
-        at = Position(**state["position"])
         self.saved = at.update
         return at
 
