@@ -232,14 +232,19 @@ def test_odd_metadata_gives_no_warning(tmp_path):
     assert batch.images.shape == (2, 3, *SIZE)
 
 
-def test_a_very_long_image_is_not_scaled_whole():
+def test_a_very_long_image_is_not_scaled_whole(monkeypatch):
     image = Image.new("RGB", (60000, 2))
     image.paste((255, 0, 0), (29995, 0, 30005, 2))
     assert middle(image).size == (32, 2)
     assert middle(image.rotate(90, expand=True)).size == (2, 32)
     assert middle(Image.new("RGB", (32, 2))).size == (32, 2)
     view = evaluation_view(SIZE, 0.875, AUGMENT, STATISTICS[0])
+    scaled, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: scaled.append(size) or resize(self, size, *rest)
+    )
     assert (view(image)[0] == 255).all()
+    assert max(max(size) for size in scaled) < 1000
 
 
 def test_fewer_images_than_there_are(photos):
