@@ -10,8 +10,15 @@ from PIL import Image
 
 from sansmax.tasks._data import folder as folder_module
 from sansmax.tasks._data import load_images
-from sansmax.tasks._data.folder import decode
-from sansmax.tasks.classification import Classification, augment
+from sansmax.tasks._data._decode import decode
+from sansmax.tasks._data.batches import InMemory
+from sansmax.tasks._data.draws import Part
+from sansmax.tasks._data.settings import Augment
+from sansmax.tasks._data.views import views
+from sansmax.tasks.classification import Classification
+
+PHOTOS = Augment(scale=(0.35, 1.0))
+DIGITS = Augment(scale=(1.0, 1.0), shift=1 / 16, hflip=0.0)
 
 
 def picture(seed=0, size=(13, 11), mode="RGB"):
@@ -220,7 +227,7 @@ def test_a_missing_or_unreadable_folder(tmp_path, monkeypatch):
 
 
 def test_an_unreadable_class_folder(photos, monkeypatch):
-    def walk(top, onerror):
+    def walk(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(top)))
 
     monkeypatch.setattr(folder_module.os, "walk", walk)
@@ -237,48 +244,53 @@ def test_too_many_images_for_memory(photos, monkeypatch):
         load_images(str(photos))
 
 
-def test_augmentation_is_drawn_from_the_generator_alone():
+def chance(count, seed=0):
+    return torch.rand(5, count, generator=torch.Generator().manual_seed(seed))
+
+
+def test_views_are_drawn_from_the_chances_alone():
     images = torch.rand(5, 3, 11, 11)
     black = torch.full((3, 1, 1), -2.0)
-    views = [augment(images, True, torch.Generator().manual_seed(seed), black) for seed in (3, 3, 7)]
-    assert torch.equal(views[0], views[1])
-    assert not torch.equal(views[0], views[2])
-    assert views[0].min() >= 0  # a crop lies inside the photo
-    assert views[0].max() <= 1
+    seen = [views(images, PHOTOS, chance(5, seed), black) for seed in (3, 3, 7)]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert seen[0].min() >= 0  # a crop lies inside the photo
+    assert seen[0].max() <= 1
 
 
 def test_every_other_photo_is_mirrored():
     images = torch.linspace(0, 1, 11).expand(200, 1, 11, 11)
-    views = augment(images, True, torch.Generator().manual_seed(0), torch.zeros(1, 1, 1))
-    mirrored = (views[..., 0] > views[..., -1]).float().mean()
+    seen = views(images, PHOTOS, chance(200), torch.zeros(1, 1, 1))
+    mirrored = (seen[..., 0] > seen[..., -1]).float().mean()
     assert 0.4 < mirrored < 0.6
 
 
 def test_digits_are_shifted_by_at_most_half_a_pixel_and_never_mirrored():
     images = torch.zeros(64, 1, 8, 8)
     images[:, :, :, 1] = 1.0
-    views = augment(images, False, torch.Generator().manual_seed(0), torch.zeros(1, 1, 1))
-    assert not torch.equal(views, images)
-    assert views[..., 3:].abs().max() < 1e-6
+    seen = views(images, DIGITS, chance(64), torch.zeros(1, 1, 1))
+    assert not torch.equal(seen, images)
+    assert seen[..., 3:].abs().max() < 1e-6
     assert (
-        views[..., 1:2].min() >= 0.25 - 1e-6
+        seen[..., 1:2].min() >= 0.25 - 1e-6
     )  # half a pixel in both directions leaves a quarter in the corner
 
 
 def test_the_task_normalises_and_counts():
     data = load_images()
-    task = Classification(data)
-    x, y = task.val_batch(torch.arange(task.val_size))
-    assert x.mean().abs() < 0.05
-    assert (x.std() - 1).abs() < 0.05
-    metric = task.metric()
-    logits = torch.nn.functional.one_hot(y, 10).float()
+    task = Classification(InMemory(data, DIGITS, torch.device("cpu")), DIGITS)
+    (batch,) = task.val_batches(0, 1, 500)
+    assert batch.images.mean().abs() < 0.05
+    assert (batch.images.std() - 1).abs() < 0.05
+    logits = torch.nn.functional.one_hot(batch.labels, 10).float()
     logits[:100] = logits[:100].roll(1, 1)
-    metric.update(logits, y)
-    assert metric.compute().item() == pytest.approx(345 / 445)
-    x, y = task.train_batch(torch.arange(5), torch.Generator().manual_seed(0))
+    verdicts = task.verdict(logits, batch)
+    assert verdicts.shape == (task.val_size, 4 + 2 * 5)
+    assert (verdicts[:, 1] == verdicts[:, 4]).double().mean().item() == pytest.approx(345 / 445)
+    x, y = next(task.train_batches(0, 0, Part(5)))
     assert x.shape == (5, 1, 8, 8)
-    assert torch.equal(y, data.train_labels[:5])
+    position = next(task.source.train(0, 0, Part(5))).positions
+    assert torch.equal(y, data.train_labels[position])
 
 
 def test_pictures_survive_a_round_trip_through_memory():

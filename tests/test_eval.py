@@ -153,7 +153,7 @@ def test_a_folder_at_several_sizes(run, tmp_path, capsys):
     for row in found["sizes"]:
         assert row["images"] == 14
         assert row["crop"] == 1
-        assert [entry["path"] for entry in row["skipped"]] == ["gnu/broken.png"]
+        assert [entry["path"] for entry in row["skipped"]] == ["val/gnu/broken.png"]
         assert sum(c["images"] * c["top1"] for c in row["classes"]) == pytest.approx(14 * row["top1"])
         assert f"{100 * row['top1']:.2f}" in printed
 

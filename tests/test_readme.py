@@ -1,9 +1,14 @@
 """The README's example runs as printed, and its table names every mechanism."""
 
 import re
+import shlex
 from pathlib import Path
 
-from sansmax import _find, models
+import pytest
+import tyro
+
+from sansmax import _find, models, recipes
+from sansmax.train.recipe import Recipe
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -35,3 +40,15 @@ def test_every_mechanism_is_in_the_table():
         re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     )
     assert set(_find.names("sansmax.layers")) <= named
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
+def test_the_commands_that_train_are_understood(page):
+    text = (README.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if "sansmax train " in line and "`" not in line]
+    assert len(commands) >= 3
+    for line in commands:
+        name, *flags = shlex.split(line.partition("sansmax train ")[2], comments=True)
+        base = Recipe() if name.startswith("-") else recipes.recipe(name)
+        flags = [name, *flags] if name.startswith("-") else flags
+        assert tyro.cli(Recipe, default=base, args=flags).checked()

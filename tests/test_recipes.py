@@ -217,7 +217,14 @@ TABLES = {
     "cifar10_soft": {
         **SMALL,
         "mechanism": "soft",
-        "model_args": {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6, "class_token": False},
+        "model_args": {
+            "patch_size": 4,
+            "embed_dim": 192,
+            "depth": 6,
+            "num_heads": 6,
+            "class_token": False,
+            "stem": "conv",
+        },
         "img_size": 32,
         "epochs": 100,
         "batch_size": 512,

@@ -7,14 +7,19 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import webdataset
 from forked import run_recipe, start, tiny, together
+from PIL import Image
 
 from sansmax.train.checkpoint import States
 from sansmax.train.guard import Interrupted
+from sansmax.train.recipe import Augment, Data
 from sansmax.train.run import run
 
 TIMES = ("seconds", "images_per_s", "data_wait")
@@ -34,9 +39,9 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def killed_at(folder: Path, count: int, number: int = signal.SIGKILL) -> int:
+def killed_at(folder: Path, count: int, number: int = signal.SIGKILL, **changes: Any) -> int:
     """Starts the run, or goes on with it, and kills it after so many lines; returns its exit code."""
-    (child,) = start(1, run_recipe, tiny(folder, resume=True))
+    (child,) = start(1, run_recipe, tiny(folder, resume=True, **changes))
     path = folder / "metrics.jsonl"
     limit = time.monotonic() + 60
     while not (path.is_file() and len(path.read_text().splitlines()) >= count):
@@ -60,6 +65,50 @@ def test_three_kills_at_random_change_no_loss_and_no_weight(undisturbed, tmp_pat
         mine, theirs = (safetensors.torch.load_file(f / name) for f in (folder, undisturbed))
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), counts
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Forty small images to train, eight to test, of two classes, as a folder and as shards."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 8)):
+        (root / "shards").mkdir(exist_ok=True)
+        writers = [webdataset.TarWriter(str(root / "shards" / f"{split}-{i}.tar")) for i in range(4)]
+        for i in range(count):
+            label = i % 2
+            path = root / "folder" / split / f"class {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 128 + 127 * label, (20, 24, 3), dtype=np.uint8)).save(path)
+            writers[i % 4].write({"__key__": f"{i:03d}", "png": path.read_bytes(), "cls": str(label)})
+        for writer in writers:
+            writer.close()
+    return root
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_kill_changes_nothing_where_workers_decode(pictures, tmp_path, kind):
+    changes = {
+        "data": Data(
+            root=str(pictures / kind),
+            memory=False,
+            workers=2,
+            num_samples=40,
+            num_classes=2,
+            shuffle_buffer=16,
+        ),
+        "augment": Augment(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5, mixup=0.8),
+        "img_size": 16,
+        "batch_size": 8,
+        "epochs": 3,
+        "save_every": 2,
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    together(1, run_recipe, tiny(whole, **changes))
+    assert len(lines(whole)) == 18
+    assert killed_at(killed, random.Random(time.time_ns()).randrange(2, 17), **changes) == -signal.SIGKILL
+    together(1, run_recipe, tiny(killed, resume=True, **changes))
+    assert lines(killed) == lines(whole)
 
 
 def test_a_finished_run_that_goes_on_only_evaluates(undisturbed, tmp_path):

@@ -4,11 +4,8 @@ Wu et al., "CvT: Introducing Convolutions to Vision Transformers", ICCV 2021 (ar
 published code cls_cvt.py.
 """
 
-import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +14,6 @@ from timm.layers.activations import QuickGELU
 from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from .. import layers
 from ..layers import Mixer
@@ -27,7 +22,7 @@ from ..layers._parts import HeadsMixer
 from ..layers.softmax import Softmax
 from ._layouts import join
 from ._pyramid import PreNormBlock
-from ._staged import Staged
+from ._staged import Stage, Staged
 
 __all__ = ["ConvAttention", "CvT"]
 
@@ -104,54 +99,6 @@ class Block(PreNormBlock):
         self.norm1.eps = self.norm2.eps = 1e-5
         self.mlp.act = QuickGELU()
         self.mlp.drop1.p = self.mlp.drop2.p = proj_drop
-
-
-class Stage(nn.Module):
-    """A convolution with LayerNorm, then blocks; there are no positions.
-
-    (B, C, height, width) -> tokens (B, prefix + rows * columns, C') and their grid.
-    """
-
-    def __init__(self, embed: nn.Sequential, blocks: Iterable[nn.Module], prefix: int) -> None:
-        super().__init__()
-        self.embed, self.prefix = embed, prefix
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, class_token: Tensor | None = None) -> tuple[Tensor, Grid]:
-        x = self.embed(x)
-        grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).mT
-        if class_token is not None:
-            x = torch.cat([class_token, x], 1)
-        for block in self.blocks:
-            x = _checkpointed(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return x, grid
-
-
-def _checkpointed(block: nn.Module, x: Tensor, grid: Grid) -> Any:
-    """block(x, grid), made again in the backward pass, where a batch must not enter the running statistics a
-    second time: it would weigh 0.19 in them instead of BatchNorm's 0.1."""
-    # A compiled network counts it once by itself, and takes no such contexts.
-    words: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_contexts, block)}
-    return checkpoint(block, x, grid, use_reentrant=False, **words)
-
-
-def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _kept_statistics(block)
-
-
-@contextlib.contextmanager
-def _kept_statistics(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class CvT(Staged):

@@ -9,14 +9,13 @@ from timm.layers.activations import GELUTanh
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
 from ..ops._eager import for_all
-from ._staged import Staged
+from ._staged import Stage, Staged
 
 __all__ = ["PostNormBlock", "Pyramid"]
 
@@ -68,31 +67,18 @@ class PreNormBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    """Convolutions, positions (a table, resized bilinearly to any grid), blocks.
-
-    (B, C, height, width) -> tokens (B, prefix + rows * columns, C') and their grid.
-    """
+class PositionedStage(Stage):
+    """A stage with positions behind its convolutions: a table, resized bilinearly to any grid."""
 
     def __init__(
         self, embed: nn.Sequential, grid: Grid, dim: int, blocks: Iterable[nn.Module], prefix: int, **factory
     ):
-        super().__init__()
-        self.embed, self.grid, self.prefix = embed, grid, prefix
+        super().__init__(embed, blocks, prefix)
+        self.grid = grid
         self.pos_embed = nn.Parameter(torch.zeros(1, prefix + grid[0] * grid[1], dim, **factory))
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, class_token: Tensor | None = None) -> tuple[Tensor, Grid]:
-        x = self.embed(x)
-        grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).mT
-        if class_token is not None:
-            x = torch.cat([class_token, x], 1)
-        x = x + self.positions(self.pos_embed, self.grid, grid)
-        for block in self.blocks:
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return x, grid
+    def placed(self, x: Tensor, grid: Grid) -> Tensor:
+        return x + self.positions(self.pos_embed, self.grid, grid)
 
     def positions(self, table: Tensor, old: Grid, new: Grid) -> Tensor:
         """A table for the grid `old` resized to `new`; the class token's row stays."""
@@ -199,7 +185,7 @@ class Pyramid(Staged):
                 for mixer, rate in zip(mixers, rates[i], strict=True)
             ]
             self.stages.append(
-                Stage(nn.Sequential(*convs), (rows, columns), dim, blocks, int(last), **factory)
+                PositionedStage(nn.Sequential(*convs), (rows, columns), dim, blocks, int(last), **factory)
             )
             channels = dim
         self.feature_info = [

@@ -1,14 +1,21 @@
 """timm's interface of networks in stages, whose last stage has a class token."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from timm.layers.weight_init import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import Mixer
+from ..layers._contract import Grid
 
-__all__ = ["Staged"]
+__all__ = ["Stage", "Staged"]
 
 
 class Staged(nn.Module):
@@ -151,3 +158,56 @@ class Staged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+class Stage(nn.Module):
+    """Convolutions, then blocks.
+
+    (B, C, height, width) -> tokens (B, prefix + rows * columns, C') and their grid.
+    """
+
+    def __init__(self, embed: nn.Sequential, blocks: Iterable[nn.Module], prefix: int) -> None:
+        super().__init__()
+        self.embed, self.prefix = embed, prefix
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, class_token: Tensor | None = None) -> tuple[Tensor, Grid]:
+        x = self.embed(x)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).mT
+        if class_token is not None:
+            x = torch.cat([class_token, x], 1)
+        x = self.placed(x, grid)
+        for block in self.blocks:
+            x = _checkpointed(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return x, grid
+
+    def placed(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens with their positions, where a stage has any."""
+        return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor, grid: Grid) -> Any:
+    """block(x, grid), made again in the backward pass, where a batch must not enter the running statistics a
+    second time: it would weigh 0.19 in them instead of BatchNorm's 0.1."""
+    # A compiled network counts it once by itself, and takes no such contexts.
+    words: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_contexts, block)}
+    return checkpoint(block, x, grid, use_reentrant=False, **words)
+
+
+def _contexts(block: nn.Module) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _kept_statistics(block)
+
+
+@contextlib.contextmanager
+def _kept_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -164,7 +164,8 @@ def _in_words(mechanism: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{mechanism}: {error}") from None
+        words = str(error).replace("--optim.lr or --optim.clip", "--lr")
+        raise ValueError(f"{mechanism}: {words}") from None
     except RuntimeError as error:
         if "memory" not in str(error):
             raise

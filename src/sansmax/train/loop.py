@@ -172,7 +172,7 @@ def train(
                         grad_norm=norm if good else None,
                         **told,
                     )
-                if at.bad >= recipe.bad_steps:
+                if at.bad >= recipe.bad_steps or (at.update % epoch_updates == 0 and not at.epoch_good):
                     raise ValueError(
                         f"training: expected finite losses and gradients, got {at.bad} updates in a row "
                         f"without, up to update {at.update} of {total} (loss {mean_loss:g}, gradient "

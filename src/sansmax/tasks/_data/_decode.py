@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["decode", "reason", "to_rgb"]
+__all__ = ["decode", "middle", "reason", "to_rgb"]
 
 
 def to_rgb(opened: Image.Image) -> Image.Image:
@@ -22,6 +22,16 @@ def to_rgb(opened: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """Of an image more than 16 times as long as wide: scaled whole by its short side it would fill memory."""
+    width, height = image.size
+    long = 16 * min(width, height)
+    if max(width, height) <= long:
+        return image
+    left, top = max(0, width - long) // 2, max(0, height - long) // 2
+    return image.crop((left, top, left + min(width, long), top + min(height, long)))
+
+
 def decode(path: str | os.PathLike[str], size: int) -> Tensor:
     """One image file as uint8 RGB (3, size, size): the centre square scaled to `size`."""
     with Image.open(path) as opened:
@@ -33,6 +43,8 @@ def decode(path: str | os.PathLike[str], size: int) -> Tensor:
 def reason(error: Exception, path: str | os.PathLike[str] = "") -> str:
     """Why an image could not be read, in one line without its folder."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, UnidentifiedImageError):  # it names a path or a place in memory
+        words = "cannot identify image file"
     if path:
         words = words.replace(str(path), os.path.basename(path))
     return " ".join(words.split()) or type(error).__name__

@@ -6,8 +6,9 @@ erasing fills; which images, and what is done to them, depends on the seed and t
 
 import math
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import Images
-from ._decode import reason
+from ._decode import middle, reason
 from ._posterize import mended
 from .draws import Part, draw, generator, order
 from .settings import Augment, Data
@@ -28,6 +29,7 @@ from .views import views
 
 __all__ = ["Batch", "Decoded", "Files", "InMemory", "Source", "erasing_box"]
 
+TRIES = 100  # images in a row that cannot be read, after which training stops
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of random erasing, as in timm and DeiT
 
 
@@ -133,8 +135,8 @@ class InMemory:
 class Decoded(Dataset[Any]):
     """Images of a split as uint8 (3, size, size), by (position, seed): the seed fixes every random choice.
 
-    An image that cannot be read is replaced by the next that can (train), or left out (evaluation): its
-    name and the reason come with the item.
+    An image that cannot be read or changed is replaced by the next that can (training; None after TRIES), or
+    left out (evaluation): its name and the reason come with the item.
     """
 
     def __init__(self, split: Split, transform: Any, reprob: float = 0.0, substitute: bool = False) -> None:
@@ -146,17 +148,17 @@ class Decoded(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, list[int], list[tuple[str, str]]]:
         position, seed = key
         failures = []
-        for offset in range(len(self.split) if self.substitute else 1):
+        for offset in range(min(TRIES, len(self.split)) if self.substitute else 1):
             index = (position + offset) % len(self.split)
             try:
-                image, label = self.split.picture(index)
-                break
+                with warnings.catch_warnings():  # PIL warns of odd metadata in images that it reads well
+                    warnings.simplefilter("ignore")
+                    image, label = self.split.picture(index)
+                pixels, numbers = seeded(self.transform, image, seed, self.reprob, [label, index])
+                return pixels, numbers, failures
             except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
                 failures.append((self.split.name(index), reason(error)))
-        else:
-            return None, [0] * 6, failures
-        pixels, numbers = seeded(self.transform, image, seed, self.reprob, [label, index])
-        return pixels, numbers, failures
+        return None, [0] * 6, failures
 
 
 def seeded(
@@ -165,7 +167,7 @@ def seeded(
     """A view of the image as uint8 and [*numbers, the box to erase], both drawn from the seed."""
     random.seed(seed)  # timm's transforms draw from all three
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # 1 us; torch.manual_seed, for GPUs too, 166 us
     pixels = torch.from_numpy(np.ascontiguousarray(transform(image)))
     box = (
         erasing_box(random.Random(seed), pixels.shape[-2], pixels.shape[-1], reprob)
@@ -212,25 +214,28 @@ class Files:
         if data.num_samples is not None and data.num_samples < len(train):
             train = train.shuffled(data.num_samples)
         self.title, self.classes = train.title, train.classes
-        self.split = f"{val.title}"
+        self.split = val.title
         self.mean, self.std, self.device, self.workers = mean, std, device, workers
-        self.train_size, self.val_size, self.repeats = len(train), len(val), augment.repeats
+        self.train_size, self.val_size = len(train), len(val)
         self.skipped: list[dict[str, str]] = []
         self._splits = train, val
-        self._plan = Plan()
+        self._plan = Plan(len(train), augment.repeats)
         self._train = self._loader(
             Decoded(train, training_view(augment, size, mean), augment.reprob, substitute=True), self._plan
         )
         self._evaluated = Decoded(val, evaluation_view(size, crop, augment, mean))
 
     def train(self, epoch: int, update: int, part: Part) -> Iterator[Batch]:
-        self._plan.set(self, epoch, update, part)
-        return self._batches(self._train)
+        self._plan.set(epoch, update, part)
+        noted = Noted(self._train, self.skipped, self.title, part.piece)
+        yield from normalised(noted, self.mean, self.std, self.device)
 
     def val(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]:
         index = torch.arange(rank, self.val_size, world)
-        keys = [[(int(i), 0) for i in some] for some in index.split(batch_size)]
-        return self._batches(self._loader(self._evaluated, keys, persistent=False))
+        keys = [[(i, 0) for i in some.tolist()] for some in index.split(batch_size)]
+        loader = self._loader(self._evaluated, keys, persistent=False)
+        noted = Noted(loader, self.skipped, self.split, some=world == 1)
+        return normalised(noted, self.mean, self.std, self.device)
 
     def picture(self, position: int) -> tuple[Image.Image, str] | None:
         split = self._splits[1]
@@ -246,27 +251,48 @@ class Files:
             persistent_workers=persistent and self.workers > 0,
         )
 
-    def _batches(self, loader: Iterable[Any]) -> Iterator[Batch]:
-        return normalised(Noted(loader, self.skipped), self.mean, self.std, self.device)
-
 
 @dataclass
 class Noted:
-    """The batches of a loader that hold images; what could not be read is noted once in `skipped`."""
+    """The batches of a loader that hold images; what could not be read is noted once in `skipped`.
+
+    Args:
+        title: of the set, in words.
+        size: images that every batch must hold, in training, where others replace what cannot be read.
+        some: whether there must be an image at all.
+
+    Raises:
+        ValueError: they are not there.
+    """
 
     loader: Iterable[Any]
     skipped: list[dict[str, str]]
-    known: set[str] = field(init=False)
+    title: str
+    size: int = 0
+    some: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.known = {entry["path"] for entry in self.skipped}
+        known = {entry["path"] for entry in self.skipped}
+        seen = 0
         for images, numbers, failures in self.loader:
             for path, why in failures:
-                if path not in self.known:
-                    self.known.add(path)
+                if path not in known:
+                    known.add(path)
                     self.skipped.append({"path": path, "reason": why})
+            count = 0 if images is None else len(images)
+            seen += count
+            if count < self.size:
+                raise self._refusal(f"{TRIES} in a row that cannot" if len(failures) >= TRIES else "none")
             if images is not None:
                 yield images, numbers
+        if self.some and not seen:
+            raise self._refusal("none")
+
+    def _refusal(self, got: str) -> ValueError:
+        last = " ({path}: {reason})".format(**self.skipped[-1]) if self.skipped else ""
+        return ValueError(
+            f"data: expected images that can be read in {self.title}, got {got}{last}; check the files"
+        )
 
 
 def normalised(
@@ -285,22 +311,26 @@ def normalised(
 class Plan:
     """The keys of an epoch's pieces for a DataLoader that keeps its workers from epoch to epoch."""
 
-    def set(self, source: Files, epoch: int, update: int, part: Part) -> None:
-        self.source, self.epoch, self.update, self.part = source, epoch, update, part
+    def __init__(self, count: int, repeats: int) -> None:
+        self.count, self.repeats = count, repeats
+
+    def set(self, epoch: int, update: int, part: Part) -> None:
+        self.epoch, self.update, self.part = epoch, update, part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        source, part = self.source, self.part
-        entries = order(source.train_size, part.seed, self.epoch, source.repeats)
-        for number in range(self.update, source.train_size // part.batch_size):
+        part = self.part
+        entries = order(self.count, part.seed, self.epoch, self.repeats)
+        for number in range(self.update, self.count // part.batch_size):
             positions = torch.arange(number * part.batch_size, (number + 1) * part.batch_size)
             for micro in range(part.accumulate):
+                mine = part.rows(positions, micro)
                 yield [
-                    (int(entries[at]), draw(part.seed, "view", self.epoch, at))
-                    for at in part.rows(positions, micro).tolist()
+                    (image, draw(part.seed, "view", self.epoch, at))
+                    for image, at in zip(entries[mine].tolist(), mine.tolist(), strict=True)
                 ]
 
     def __len__(self) -> int:
-        return (self.source.train_size // self.part.batch_size - self.update) * self.part.accumulate
+        return (self.count // self.part.batch_size - self.update) * self.part.accumulate
 
 
 def training_view(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Any:
@@ -323,4 +353,8 @@ def training_view(augment: Augment, size: tuple[int, int], mean: Sequence[float]
 def evaluation_view(size: tuple[int, int], crop: float, augment: Augment, mean: Sequence[float]) -> Any:
     """timm's evaluation transform, up to uint8."""
     kind = "bicubic" if augment.interpolation == "random" else augment.interpolation
-    return create_transform(size, crop_pct=crop, interpolation=kind, mean=tuple(mean), use_prefetcher=True)
+    transform: Any = create_transform(
+        size, crop_pct=crop, interpolation=kind, mean=tuple(mean), use_prefetcher=True
+    )
+    transform.transforms.insert(0, middle)
+    return transform

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from . import Images
 from ._decode import decode, reason
 
-__all__ = ["LAYOUT", "classes_of", "files_of", "folders", "held_out", "load", "some"]
+__all__ = ["LAYOUT", "classes_of", "decode_all", "files_of", "folders", "held_out", "load", "some"]
 
 IMG_SIZE = 64
 HELD_OUT = 0.2
@@ -103,13 +103,19 @@ def classes_of(folder: Path) -> list[str]:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """All visible image files below a folder, sorted."""
+    """All visible image files below a folder, sorted; links to folders are followed, but not in circles."""
 
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error) from None
 
-    for where, below, files in os.walk(folder, onerror=refuse):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    seen = set()
+    for where, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(where))
+        below[:] = sorted(
+            name
+            for name in below
+            if not name.startswith(".") and os.path.realpath(os.path.join(where, name)) not in seen
+        )
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS):
                 yield Path(where, name)
@@ -120,30 +126,43 @@ def _read(
 ) -> tuple[Tensor, Tensor, list[str], list[dict[str, str]]]:
     """images, labels, paths relative to `folder`, and what was skipped."""
     files = [(path, label) for label, name in enumerate(classes) for path in files_of(folder / name)]
+    paths = [path.relative_to(folder).as_posix() for path, _ in files]
+    images, good, failed = decode_all(lambda i: _try_decode(files[i][0], size), len(files), size, folder)
+    labels = torch.tensor([files[i][1] for i in good], dtype=torch.int64)
+    skipped = [{"path": paths[i], "reason": why} for i, why in failed]
+    return images, labels, [paths[i] for i in good], skipped
+
+
+def decode_all(
+    decode: Callable[[int], Tensor | str], count: int, size: int, where: object
+) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+    """uint8 (decoded, 3, size, size), the positions of these, and positions and reasons of the others.
+
+    Args:
+        decode: the image at a position, or why there is none; called by several threads.
+        where: they come from, for the refusal.
+    """
     try:
-        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+        images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     except RuntimeError:
         raise ValueError(
-            f"data: expected images that fit into memory, got {len(files):,} of {size} px in {folder}, which "
-            f"take {len(files) * 3 * size * size / 2**30:.1f} GiB; choose a smaller img_size or fewer images"
+            f"data: expected images that fit into memory, got {count:,} of {size} px in {where}, which "
+            f"take {count * 3 * size * size / 2**30:.1f} GiB; choose a smaller img_size or fewer images"
         ) from None
-    labels, paths, skipped = [], [], []
+    good, failed = [], []
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
         with warnings.catch_warnings():  # PIL warns of odd metadata in images that it reads well
             warnings.simplefilter("ignore")
-            results = pool.map(lambda entry: _try_decode(entry[0], size), files)
-            for (path, label), result in zip(files, results, strict=True):
-                relative = path.relative_to(folder).as_posix()
-                if isinstance(result, str):
-                    skipped.append({"path": relative, "reason": result})
+            for position, found in enumerate(pool.map(decode, range(count))):
+                if isinstance(found, str):
+                    failed.append((position, found))
                     continue
-                images[len(labels)] = result
-                labels.append(label)
-                paths.append(relative)
+                images[len(good)] = found
+                good.append(position)
     finally:  # Ctrl-C does not wait for the images that are left
         pool.shutdown(cancel_futures=True)
-    return images[: len(labels)], torch.tensor(labels, dtype=torch.int64), paths, skipped
+    return images[: len(good)], good, failed
 
 
 def _try_decode(path: Path, size: int) -> Tensor | str:

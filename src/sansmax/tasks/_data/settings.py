@@ -12,7 +12,8 @@ class Data:
     root: str = "digits"
     """digits (scikit-learn's, no download), or a folder, a .tar, a folder of shards, a torchvision folder."""
     reader: str = ""
-    """torch/cifar10, hfds/<name>, wds and the like, as in timm; empty: found by looking at the root."""
+    """torch/cifar10, hfds/<name> (of a local set hfds/./<path>), wds and the like, as in timm; empty: found
+    by looking at the root."""
     split: str = "train"
     """Name of the training split: a folder, a split of the data set, or shards as train-{0000..0099}.tar."""
     val_split: str = "validation"
@@ -24,7 +25,7 @@ class Data:
     """Of shards without a list of classes."""
     memory: bool | None = None
     """Decode once and keep in memory (None: where all images fit into 1 GiB and no augmentation works on
-    single images, which are auto_augment and color_jitter)."""
+    single images, which are auto_augment, color_jitter and crops)."""
     workers: int | None = None
     """Processes that decode, for each training process (None: one a core, at most 8)."""
     shuffle_buffer: int = 4096

@@ -1,7 +1,6 @@
 """From what a recipe says of its data to a source of batches."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps
 from . import Images, load_images
 from ._decode import reason
 from .batches import Files, InMemory, Source
+from .folder import decode_all
 from .settings import Augment, Data
 from .shards import Shards
 from .split import Split, is_sharded, open_split
@@ -95,25 +95,21 @@ def _decoded(data: Data, train: Split, val: Split, size: int) -> Images:
 
 
 def _all(split: Split, size: int, skipped: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    def one(position: int) -> tuple[np.ndarray, int] | str:
+    labels: dict[int, int] = {}
+
+    def one(position: int) -> torch.Tensor | str:
         try:
-            image, label = split.picture(position)
+            image, labels[position] = split.picture(position)
             square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return np.array(square).transpose(2, 0, 1), label
+            return torch.from_numpy(np.array(square)).permute(2, 0, 1)
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
             return reason(error)
 
-    images, labels = torch.empty(len(split), 3, size, size, dtype=torch.uint8), []
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for position, found in enumerate(pool.map(one, range(len(split)))):
-            if isinstance(found, str):
-                skipped.append({"path": split.name(position), "reason": found})
-                continue
-            images[len(labels)] = torch.from_numpy(found[0])
-            labels.append(found[1])
-    if not labels:
+    images, good, failed = decode_all(one, len(split), size, split.title)
+    skipped += [{"path": split.name(position), "reason": why} for position, why in failed]
+    if not good:
         raise ValueError(
             f"data: expected images that can be read in {split.title}, got none ({skipped[-1]['path']}: "
             f"{skipped[-1]['reason']}); check the files"
         )
-    return images[: len(labels)], torch.tensor(labels)
+    return images, torch.tensor([labels[position] for position in good])

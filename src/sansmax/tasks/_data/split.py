@@ -1,11 +1,13 @@
 """One split of a set of labelled images with random access: a folder, a tar, a torchvision or a Hugging
 Face set."""
 
+import io
 import logging
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +18,22 @@ from ._decode import to_rgb
 from .draws import order
 from .settings import Data
 
-__all__ = ["Split", "is_sharded", "open_split"]
+__all__ = ["HELD_OUT_NAMES", "Split", "is_sharded", "open_split"]
 
 HELD_OUT_NAMES = ("validation", "val", "valid", "test", "eval")
+
+
+class Reader(Protocol):
+    """Images of one place; it goes to the processes that decode, so it can be pickled and holds nothing
+    open."""
+
+    def name(self, index: int) -> str:
+        """What an image is called."""
+        ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image, opened, and its label."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,49 +43,40 @@ class Split:
     Attributes:
         title: of the set, in words.
         classes: their names.
-        labels: int64 (count,), or None where the reader tells a label only with its image.
-        names: what an image is called, by its position.
-        read: an image, open, and its label, by its position.
+        reader: of all images that are there.
+        positions: of the split's images in the reader.
+        meaning: which class a label of the reader stands for; None: itself.
     """
 
     title: str
     classes: list[str]
-    labels: np.ndarray | None
-    names: Callable[[int], str]
-    read: Callable[[int], tuple[Image.Image, int]]
-    count: int
+    reader: Reader
+    positions: np.ndarray
+    meaning: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.positions)
 
     def name(self, index: int) -> str:
         """Of an image, for people."""
-        return self.names(index)
+        return self.reader.name(int(self.positions[index]))
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """Upright RGB, and the class.
 
         Raises:
-            Exception: of any of PIL's kinds, where the image cannot be read.
+            Exception: of any of PIL's kinds, where the image cannot be read or its class is none.
         """
-        image, label = self.read(index)
+        image, label = self.reader.read(int(self.positions[index]))
         with image:
-            return to_rgb(image), int(label)
-
-    def subset(self, positions: list[int]) -> "Split":
-        """These images alone."""
-        return Split(
-            self.title,
-            self.classes,
-            None if self.labels is None else self.labels[positions],
-            lambda i: self.names(positions[i]),
-            lambda i: self.read(positions[i]),
-            len(positions),
-        )
+            count = len(self.classes if self.meaning is None else self.meaning)
+            if not 0 <= label < count:
+                raise ValueError(f"class {label} is none of 0 to {count - 1}")
+            return to_rgb(image), label if self.meaning is None else int(self.meaning[label])
 
     def shuffled(self, count: int) -> "Split":
         """The first `count` of a shuffle that is always the same."""
-        return self.subset(order(len(self), 0, 0)[:count].tolist())
+        return replace(self, positions=self.positions[order(len(self), 0, 0)[:count].numpy()])
 
 
 def is_sharded(data: Data) -> bool:
@@ -81,23 +87,25 @@ def is_sharded(data: Data) -> bool:
     if ".tar" in data.split:
         return True
     root = Path(data.root).expanduser()
-    return root.is_dir() and ((root / "_info.json").is_file() or any(root.glob("*.tar")))
+    if not root.is_dir():
+        return False
+    return (root / "_info.json").is_file() or (any(root.glob("*.tar")) and not folder.folders(root))
 
 
 def open_split(data: Data, split: str, classes: list[str] | None = None) -> Split:
     """The images of a split.
 
     Args:
-        split: data.split, data.val_split, or another name. Where a folder holds no such sub-folder but one
-            for
-            each class, a fifth of every class, chosen by the hash of the file names, is "validation", and the
-            rest "train".
+        split: data.split, data.val_split, or another name. Where a folder or a .tar holds no such folder but
+            one for each class, a fifth of every class, chosen by the hash of the file names, is
+            "validation", and the rest "train".
         classes: names in the order of the labels that are wanted; None: the set's own.
 
     Raises:
         ValueError, OSError: nothing readable is there, or classes are missing; one sentence says what to do.
     """
     prefix = data.reader.lower().partition("/")[0]
+    root = Path(data.root).expanduser()
     if prefix in ("torch", "hfds"):
         found = _library(data, split)
     elif data.reader:
@@ -105,10 +113,10 @@ def open_split(data: Data, split: str, classes: list[str] | None = None) -> Spli
             f"data.reader: expected torch/<name>, hfds/<name>, wds or none, got {data.reader!r}; leave it "
             "out for a folder or a tar"
         )
-    elif Path(data.root).expanduser().suffix == ".tar":
-        found = _tar(Path(data.root).expanduser(), split)
+    elif root.suffix.lower() == ".tar" and not root.is_dir():
+        found = _tar(root, data, split)
     else:
-        found = _folder(Path(data.root).expanduser(), split, classes)
+        found = _folder(root, data, split)
     if not len(found):
         raise ValueError(f"data: expected images in {found.title}, got none; check data.root and data.split")
     return found if classes is None or classes == found.classes else _relabelled(found, classes)
@@ -121,17 +129,71 @@ def _relabelled(split: Split, classes: list[str]) -> Split:
             f"data: expected classes that the network knows in {split.title}, got {folder.some(unknown)} "
             f"besides; it knows {folder.some(classes)}"
         )
-    moved = np.array([classes.index(name) for name in split.classes])
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        image, label = split.read(index)
-        return image, int(moved[label])
-
-    labels = None if split.labels is None else moved[split.labels]
-    return Split(split.title, classes, labels, split.names, read, split.count)
+    place = {name: i for i, name in enumerate(classes)}
+    return replace(split, classes=classes, meaning=np.array([place[name] for name in split.classes]))
 
 
-def _folder(root: Path, split: str, classes: list[str] | None) -> Split:
+def _base(data: Data, split: str, find: Callable[[str], Any], where: Path, there: Callable[[], Any]) -> Any:
+    """What holds a split of a folder or a .tar, None for all of it, and whether the split is all it holds.
+
+    Args:
+        find: what holds the split of a name, or None.
+        there: names for the refusal.
+    """
+    held_out = split.lower() in HELD_OUT_NAMES
+
+    def first(name: str) -> Any:
+        names = (name.lower(), *(HELD_OUT_NAMES if name.lower() in HELD_OUT_NAMES else ()))
+        return next((found for found in map(find, names) if found is not None), None)
+
+    own, other = first(split), first(data.val_split if split == data.split else data.split)
+    if own is not None:
+        return own, held_out or other is not None
+    if not held_out and split.lower() != "train":
+        raise ValueError(
+            f"data.split: expected a folder of {where}, got {split!r}; it holds {folder.some(there())}"
+        )
+    return (other if other is not None else first("train")) if held_out else None, False
+
+
+def _chosen(title: str, split: str, classes: list[str], labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """Positions of a split among images that are not divided.
+
+    Raises:
+        ValueError: a class has no image left to train with.
+    """
+    held_out = folder.held_out(torch.from_numpy(labels), names).numpy()
+    if split.lower() in HELD_OUT_NAMES:
+        return held_out.nonzero()[0]
+    _check_classes(title, classes, labels[~held_out])
+    return (~held_out).nonzero()[0]
+
+
+def _check_classes(title: str, classes: list[str], labels: np.ndarray) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    if few := [repr(name) for name, count in zip(classes, counts, strict=True) if not count]:
+        raise ValueError(
+            f"data: expected images of every class to train with in {title}, besides those held out, got "
+            f"none of {folder.some(few)}; add images or remove the folder"
+        )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files below a folder; bytes of one width, as a million objects would be copied to every process."""
+
+    root: str
+    names: np.ndarray
+    labels: np.ndarray
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(os.path.join(self.root, self.name(index))), int(self.labels[index])
+
+
+def _folder(root: Path, data: Data, split: str) -> Split:
     if not root.is_dir():
         kind = "a file" if root.is_file() else "nothing"
         raise NotADirectoryError(
@@ -139,45 +201,50 @@ def _folder(root: Path, split: str, classes: list[str] | None) -> Split:
             f"{folder.LAYOUT}"
         )
     parts = {path.name.lower(): path for path in folder.folders(root)}
-    held_out = split.lower() in HELD_OUT_NAMES
-    wanted = HELD_OUT_NAMES if held_out else (split.lower(),)
-    source = next((parts[name] for name in (split.lower(), *wanted) if name in parts), None)
-    if source is None and not held_out and split.lower() != "train":
-        raise ValueError(
-            f"data.split: expected a folder of {root}, got {split!r}; it holds {folder.some(list(parts))}"
-        )
-    whole = source if source is not None and (held_out or _has_held_out(parts)) else None
-    base = whole or source or parts.get("train", root)
-    names = folder.classes_of(base)
-    files = [(path, label) for label, name in enumerate(names) for path in folder.files_of(base / name)]
+
+    def find(name: str) -> Path | None:
+        found = parts.get(name)
+        if found and not folder.folders(found) and any(folder.files_of(found)):
+            return None  # a class of that name
+        return found
+
+    base, whole = _base(data, split, find, root, lambda: list(parts))
+    base = base or root
+    classes = folder.classes_of(base)
+    files = [(path, label) for label, name in enumerate(classes) for path in folder.files_of(base / name)]
     labels = np.array([label for _, label in files], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(names))
-    if not held_out and (empty := [name for name, count in zip(names, counts, strict=True) if not count]):
-        raise ValueError(
-            f"data: expected images in every class folder of {base}, got none in {folder.some(empty)}; add "
-            "images or remove the folder"
-        )
-    if whole is None:
-        chosen = folder.held_out(
-            torch.from_numpy(labels), [path.relative_to(base).as_posix() for path, _ in files]
-        )
-        positions = (chosen if held_out else ~chosen).nonzero().flatten().tolist()
-        files, labels = [files[i] for i in positions], labels[positions]
-    return Split(
-        f"{root.resolve().name}/{split}",
-        names,
-        labels,
-        lambda i: files[i][0].relative_to(base).as_posix(),
-        lambda i: (Image.open(files[i][0]), files[i][1]),
-        len(files),
-    )
+    title = f"{root.resolve().name}/{split}"
+    if whole:
+        positions = np.arange(len(files))
+        if split.lower() not in HELD_OUT_NAMES and split != data.val_split:
+            _check_classes(title, classes, labels)
+    else:
+        positions = _chosen(title, split, classes, labels, [p.relative_to(base).as_posix() for p, _ in files])
+    names = np.array([os.fsencode(path.relative_to(root).as_posix()) for path, _ in files], dtype=np.bytes_)
+    return Split(title, classes, _Files(str(root), names, labels), positions)
 
 
-def _has_held_out(parts: dict[str, Path]) -> bool:
-    return any(name in parts for name in HELD_OUT_NAMES)
+@dataclass(frozen=True)
+class _Tar:
+    """Files in a .tar by their places, opened anew for every image: one handle is not to be shared by
+    threads or processes."""
+
+    path: str
+    names: np.ndarray
+    places: np.ndarray  # (count, 2): first byte, bytes
+    labels: np.ndarray
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        first, count = self.places[index].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(first)
+            return Image.open(io.BytesIO(file.read(count))), int(self.labels[index])
 
 
-def _tar(path: Path, split: str) -> Split:
+def _tar(path: Path, data: Data, split: str) -> Split:
     """A .tar of class folders, with or without folders for the splits above them."""
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
@@ -185,28 +252,64 @@ def _tar(path: Path, split: str) -> Split:
         raise FileNotFoundError(f"data.root: expected a .tar, got nothing at {path}; check the path")
     logging.getLogger("timm").setLevel(logging.WARNING)
     try:
-        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        found = ReaderImageInTar(str(path), cache_tarinfo=False)
     except Exception as error:
         raise ValueError(
-            f"data.root: expected a .tar of class folders with images, got {error} at {path}; check the file"
+            f"data.root: expected a .tar of class folders with images, got {_line(error)} at {path}; check "
+            "the file"
         ) from None
-    names = [reader.class_idx_to_name[i] for i in range(len(reader.class_idx_to_name))]
-    folders = [{*str(part).lower().split("/")[:-2]} for part in map(reader.filename, range(len(reader)))]
-    held_out = split.lower() in HELD_OUT_NAMES
-    wanted = {*HELD_OUT_NAMES} if held_out else {split.lower()}
-    positions = [i for i, found in enumerate(folders) if found & wanted]
-    whole = Split(
-        f"{path.name}/{split}",
-        names,
-        np.asarray(reader.targets),
-        lambda i: str(reader.filename(i)),
-        lambda i: _opened(reader[i]),
-        len(reader),
-    )
-    if not positions:
-        chosen = folder.held_out(torch.as_tensor(whole.labels), list(map(whole.names, range(len(whole)))))
-        positions = (chosen if held_out else ~chosen).nonzero().flatten().tolist()
-    return whole.subset(positions)
+    members = [  # without the hidden files that macOS adds
+        (member, outer, label)
+        for (member, _, outer), label in zip(found.samples, found.targets, strict=True)
+        if not os.path.basename(member.name).startswith(".")
+    ]
+    above = [{*member.name.lower().split("/")[:-2]} for member, _, _ in members]
+    labels = np.array([label for _, _, label in members], dtype=np.int64)
+    paths = [member.name for member, _, _ in members]
+    there = set().union(*above)
+
+    def find(name: str) -> np.ndarray | None:
+        return np.array([name in folders for folders in above]).nonzero()[0] if name in there else None
+
+    base, whole = _base(data, split, find, path, lambda: sorted(there))
+    base = np.arange(len(members)) if base is None else base
+    classes = [found.class_idx_to_name[i] for i in range(len(found.class_idx_to_name))]
+    if not whole:
+        base = base[_chosen(path.name, split, classes, labels[base], [paths[i] for i in base])]
+    places = [
+        (member.offset_data + (outer.offset_data if outer else 0), member.size)
+        for member, outer, _ in members
+    ]
+    names = np.array([os.fsencode(name) for name in paths], dtype=np.bytes_)
+    reader = _Tar(str(path), names, np.array(places, dtype=np.int64), labels)
+    return Split(f"{path.name}/{split}", classes, reader, base)
+
+
+@dataclass(frozen=True)
+class _Torchvision:
+    images: Any
+    split: str
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images[index]
+        return image, int(label)
+
+
+@dataclass(frozen=True)
+class _HuggingFace:
+    images: Any  # timm's reader
+    split: str
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.images[index]
+        with file:
+            return Image.open(io.BytesIO(file.read())), int(label)
 
 
 def _library(data: Data, split: str) -> Split:
@@ -222,6 +325,8 @@ def _library(data: Data, split: str) -> Split:
         words["root"] = None
     try:
         found: Any = create_dataset(data.reader, input_img_mode="", **words)
+        reader: Any = getattr(found, "reader", None)
+        classes = _classes(found) if reader is None else _hugging_face_classes(reader)
     except ImportError as error:
         raise ValueError(
             f"data.reader: expected what {data.reader} needs to be installed, got {error}; pip install "
@@ -232,32 +337,24 @@ def _library(data: Data, split: str) -> Split:
             f"data: expected {data.reader} split {split!r} at {data.root}, got {_line(error)}; check "
             "data.root and the split, or add --data.download"
         ) from None
-    reader = getattr(found, "reader", None)
-    if reader is None:
-        labels = getattr(found, "targets", None)
-        names = list(getattr(found, "classes", None) or map(str, range(int(max(labels or [0])) + 1)))
-        return Split(
-            f"{data.reader} {split}",
-            names,
-            None if labels is None else np.asarray(labels, dtype=np.int64),
-            lambda i: f"{split}/{i}",
-            lambda i: found[i],
-            len(found),
-        )
+    images = _Torchvision(found, split) if reader is None else _HuggingFace(reader, split)
+    return Split(f"{data.reader} {split}", classes, images, np.arange(len(found)))
+
+
+def _classes(found: Any) -> list[str]:
+    """Names in a torchvision set, which may be tuples of synonyms (ImageNet) or wanting."""
+    names = getattr(found, "classes", None) or getattr(found, "all_categories", None)
+    if names:
+        return [name if isinstance(name, str) else ", ".join(name) for name in names]
+    return [str(i) for i in range(int(max(found.targets)) + 1)]
+
+
+def _hugging_face_classes(reader: Any) -> list[str]:
     by_name = reader.class_to_idx
-    return Split(
-        f"{data.reader} {split}",
-        sorted(by_name, key=by_name.get) if by_name else [],
-        None,
-        lambda i: str(reader.filename(i) or i),
-        lambda i: _opened(reader[i]),
-        len(reader),
-    )
-
-
-def _opened(entry: tuple[Any, ...]) -> tuple[Image.Image, int]:
-    image, label = entry[:2]
-    return image if isinstance(image, Image.Image) else Image.open(image), int(label)
+    if by_name:
+        return sorted(by_name, key=by_name.get)
+    labels = reader.dataset[reader.label_key]
+    return [str(i) for i in range(max(map(int, labels)) + 1)]
 
 
 def _line(error: Exception) -> str:
