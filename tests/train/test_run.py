@@ -321,10 +321,6 @@ def test_a_teacher_of_other_classes_is_refused(folder):
         ({"augment": Augment(interpolation="cubic")}, "augment.interpolation: expected one of bilinear, bic"),
         ({"model_args": [1]}, "model_args: expected a JSON object such as"),
         ({"model_args": {"depht": 3}}, "model: expected words that vit_mini takes, got .*depht"),
-        (
-            {"model": "vit_tiny_p16_pyramid", "model_args": {}, "img_size": 32},
-            "model: expected a network that classifies images, got vit_tiny_p16_pyramid",
-        ),
         ({"checkpointing": True, "model": "lenet"}, "unknown name 'lenet'"),
     ],
 )
@@ -334,6 +330,20 @@ def test_settings_that_do_not_fit_are_named_before_training(changes, words, tmp_
         changes = {"optim": replace(small("").optim, **changes["optim"])}
     with pytest.raises(ValueError, match=words):
         run(small(tmp_path, **changes))
+    assert not (tmp_path / "recipe.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (torch.nn.Flatten(), "model: expected a network that classifies images, got vit_mini, which gives"),
+        (torch.nn.Linear(7, 10), r"img_size: expected a size that vit_mini takes, got 8 \(.*mat1"),
+    ],
+)
+def test_a_network_that_does_not_classify_is_named_before_training(model, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "build", lambda *_, **__: model)
+    with pytest.raises(ValueError, match=words):
+        run(small(tmp_path))
     assert not (tmp_path / "recipe.json").exists()
 
 

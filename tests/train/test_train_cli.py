@@ -37,7 +37,9 @@ def test_a_recipe_trains_and_tells_what_it_reached(capsys, tmp_path):
     )
     assert told.out.startswith(f"{out}: top-1 {100 * evaluation['top1']:.1f} %, top-5 ")
     assert told.out.rstrip().endswith("images/s")
-    assert told.err == ""
+    assert told.err == (
+        "optim.warmup: the rate still rises when the run of 1 epochs ends, because it warms up for 1.4\n"
+    )
     assert shlex.split(info["command"])[:3] == ["sansmax", "train", "digits_sima"]
     assert parsed(info["command"]) == Recipe.from_json(info["recipe"])
 
