@@ -439,6 +439,20 @@ def lonely(folder):
     assert outcome.verdicts[:, 0].tolist() == [0]
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_unused_weights_and_several_processes(parallel):
+    together(2, unused, parallel)
+
+
+def unused(parallel):
+    words = recipe(parallel=parallel, batch_size=20)
+    if parallel == "fsdp":
+        assert len(train(Partly(), digits(train=60), words).curve) == 2
+    else:
+        with pytest.raises(ValueError, match="parallel: expected a network of which every weight is used"):
+            train(Partly(), digits(train=60), words)
+
+
 def test_runs_of_different_precision_follow_each_other_in_one_process():
     for precision in ("fp32", "bf16", "fp32"):
         assert len(train(network(), digits(), recipe(precision=precision, epochs=1)).curve) == 1

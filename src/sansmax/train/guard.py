@@ -122,6 +122,11 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
                 f"data.workers: expected processes that decode images to live, got {words[:160]!r}; lower "
                 f"--data.workers or free memory (also /dev/shm); {saved()}"
             ) from None
+        if "Expected to have finished reduction" in words:
+            raise ValueError(
+                "parallel: expected a network of which every weight is used, as copies of it must (ddp), got "
+                f"one with others; freeze them, or use --parallel fsdp; {saved()}"
+            ) from None
         if "can't allocate memory" in words or "not enough memory" in words:
             raise ValueError(
                 f"memory: expected a batch that fits into memory, got {words[:160]!r}; lower --batch-size or "

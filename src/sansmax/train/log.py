@@ -47,7 +47,7 @@ class Log:
             console=console,
             transient=True,
             speed_estimate_period=120,
-            disable=console.quiet,
+            disable=console.quiet or not (console.is_terminal or console.is_jupyter),
         )
         self._bar = self._progress.add_task("training", total=total, completed=at.update, words="")
 

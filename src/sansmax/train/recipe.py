@@ -151,7 +151,8 @@ class Recipe:
             elif isinstance(value, tuple):
                 words += [flag, *map(str, value)]
             else:
-                words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+                text = json.dumps(value) if isinstance(value, dict) else str(value)
+                words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
         return shlex.join(words)
 
     def checked(self) -> Self:

@@ -74,6 +74,13 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
     if made.is_main_process:
         prepare_folder(folder)
     made.wait_for_everyone()
+    if recipe.optim.warmup >= recipe.epochs:
+        console.print(
+            f"optim.warmup: the rate still rises when the run of {recipe.epochs} epochs ends, because it "
+            f"warms up for {recipe.optim.warmup:g}",
+            highlight=False,
+            soft_wrap=True,
+        )
     before = _begun(folder, recipe)
     made.wait_for_everyone()  # all have looked before one writes
     config = _data_config(recipe)
