@@ -9,8 +9,8 @@ from torch import nn
 
 from sansmax.tasks.classification import Classification
 from sansmax.train import checkpoint
-from sansmax.train.evaluation import evaluate, scores
 from sansmax.train.loop import train
+from sansmax.train.verdicts import evaluate, scores
 from small_task import digits, network, recipe
 
 

@@ -39,7 +39,7 @@ def small(out, **changes) -> Recipe:
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr(runs, "_report", lambda *_: None)
+    monkeypatch.setattr(runs.artifacts, "report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +151,16 @@ def test_weights_of_a_run_are_loaded_by_the_folders_name(folder):
 def test_tensorboard_can_be_read_and_lines_are_not_doubled_on_going_on(no_report, monkeypatch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    kept = runs._save_verdicts
+    kept = runs.artifacts.save_verdicts
 
     def crash(*_):
         raise KeyError
 
     recipe = small(tmp_path, tensorboard=True, save_every=2)
-    monkeypatch.setattr(runs, "_save_verdicts", crash)
+    monkeypatch.setattr(runs.artifacts, "save_verdicts", crash)
     with pytest.raises(KeyError):
         run(recipe)
-    monkeypatch.setattr(runs, "_save_verdicts", kept)
+    monkeypatch.setattr(runs.artifacts, "save_verdicts", kept)
     for path in checkpoint.States(tmp_path / "states").paths()[1:]:
         path.unlink()  # back to update 4
     run(replace(recipe, resume=True))
@@ -188,12 +188,12 @@ def test_going_on_keeps_what_was_told_of_the_beginning(no_report, monkeypatch, t
     def stop(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runs, "_save_verdicts", stop)
+    monkeypatch.setattr(runs.artifacts, "save_verdicts", stop)
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted by SIGTERM: update 6 of 15 is saved in"):
         run(small(out, epochs=3), command="first")
     before = json.loads((out / "recipe.json").read_text())
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "_report", lambda *_: None)
+    monkeypatch.setattr(runs.artifacts, "report", lambda *_: None)
     run(small(out, epochs=3, resume=True, keep=3, accumulate=5), command="second")
     after = json.loads((out / "recipe.json").read_text())
     assert after | {"best": 0} == before | {"best": 0}

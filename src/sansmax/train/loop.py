@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..tasks._data.batches import Batch
 from ..tasks._data.draws import Part, draw
 from . import optim, parallel
-from .evaluation import evaluate, scores
 from .guard import Interrupted, NormBuffers, Signals, in_words
 from .log import Log
 from .recipe import Recipe
 from .state import Keeper
+from .verdicts import evaluate, scores
 
 __all__ = ["Outcome", "Task", "train"]
 

@@ -1,35 +1,26 @@
 """A run: its folder, its data, its network, the loop, and what is kept."""
 
-import base64
-import io
-import json
 import math
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import timm
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from .. import __version__
-from ..bench import measure
 from ..tasks._data.batches import InMemory, Source
 from ..tasks._data.sources import open_source
 from ..tasks.classification import Classification, Teacher
-from . import parallel
-from .checkpoint import States, prepare_folder, read_json, replace_file, write_json, write_text
+from . import artifacts, parallel
+from .checkpoint import States, prepare_folder, read_json, write_json
 from .loop import Outcome, train
 from .network import Network, build, load_network
 from .recipe import Recipe
 
 __all__ = ["run"]
 
-PICTURES = 12  # of either kind in the report
 # What may differ between the command that began a run and the one that goes on with it.
 FREE = {
     "out",
@@ -102,7 +93,7 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
     if recipe.weights and not (recipe.resume and States(folder / "states").paths()):
         load_weights(model, recipe)
     task = Classification(source, recipe.augment, teacher(recipe, source, size, made.device))
-    about = before or _about(recipe, source, model, size, command)
+    about = before or artifacts.about(recipe, source, model, size, command)
     if made.is_main_process and not before:
         write_json(folder / "recipe.json", about)
     best = [about.get("best", -math.inf)]
@@ -115,22 +106,20 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         tensors = parallel.weights(evaluated) if best_so_far or last else {}
         if not made.is_main_process:
             return
-        metadata = _metadata(recipe, about, point, 1.0 if isinstance(source, InMemory) else recipe.eval_crop)
+        crop = 1.0 if isinstance(source, InMemory) else recipe.eval_crop
+        metadata = artifacts.metadata(recipe, about, point, crop)
         for name in ["best"] * best_so_far + ["weights"] * last:
-            content = safetensors.torch.save(_plain(tensors), metadata)
-            replace_file(
-                folder / f"{name}.safetensors", lambda path, content=content: path.write_bytes(content)
-            )
+            artifacts.save_weights(folder / f"{name}.safetensors", tensors, metadata)
         if best_so_far:
             write_json(folder / "recipe.json", {**about, "best": best[0]})
-        _save_verdicts(folder, verdicts)
+        artifacts.save_verdicts(folder, verdicts)
         if source.skipped:
             write_json(folder / "skipped.json", source.skipped)
 
     outcome = train(model, task, recipe, folder, keep, console)
     if made.is_main_process:
-        write_json(folder / "gallery.json", _gallery(source, outcome.verdicts))
-        _report(folder, console)
+        write_json(folder / "gallery.json", artifacts.gallery(source, outcome.verdicts))
+        artifacts.report(folder, console)
         if source.skipped:
             first = "{path}: {reason}".format(**source.skipped[0])
             console.print(
@@ -322,110 +311,3 @@ def _check_outputs(model: nn.Module, recipe: Recipe, images: Tensor, classes: in
             "else; choose another"
         )
     model.train()
-
-
-def _about(
-    recipe: Recipe, source: Source, model: nn.Module, size: int, command: str | None
-) -> dict[str, Any]:
-    shape = (1, len(source.mean), size, size)
-    return {
-        "sansmax": __version__,
-        "commit": measure.commit(),
-        "command": command or recipe.command(),
-        "recipe": recipe.to_json(),
-        "classes": source.classes,
-        "data": {
-            "name": source.title,
-            "train": source.train_size,
-            "val": source.val_size,
-            "split": source.split,
-        },
-        "network": {
-            "name": recipe.model,
-            "params": sum(p.numel() for p in model.parameters()),
-            "flops": measure.count_flops(model, torch.zeros(shape)),
-            "img_size": size,
-            "in_chans": len(source.mean),
-            "mean": list(source.mean),
-            "std": list(source.std),
-        },
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _metadata(recipe: Recipe, about: dict[str, Any], point: dict[str, float], crop: float) -> dict[str, str]:
-    """What load_network needs to build the network again and to show it images."""
-    of = about["network"]
-    kind = recipe.augment.interpolation
-    return {
-        "model": recipe.model,
-        "mechanism": recipe.mechanism or "",
-        "model_args": json.dumps(recipe.model_args),
-        "num_classes": str(len(about["classes"])),
-        "classes": json.dumps(about["classes"]),
-        "img_size": str(of["img_size"]),
-        "in_chans": str(of["in_chans"]),
-        "mean": json.dumps(of["mean"]),
-        "std": json.dumps(of["std"]),
-        "eval_crop": str(crop),
-        "interpolation": "bicubic" if kind == "random" else kind,
-        "epoch": str(point["epoch"]),
-        "top1": str(point["top1"]),
-    }
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _save_verdicts(folder: Path, verdicts: Tensor) -> None:
-    """evaluation.npz; see Classification.verdict."""
-    k = (verdicts.shape[1] - 4) // 2
-    columns: dict[str, Any] = {
-        "labels": verdicts[:, 1].long().numpy(),
-        "truth": verdicts[:, 3].float().numpy(),
-        "top": verdicts[:, 4 : 4 + k].long().numpy(),
-        "probabilities": verdicts[:, 4 + k :].float().numpy(),
-    }
-    content = io.BytesIO()
-    np.savez_compressed(content, **columns)
-    replace_file(folder / "evaluation.npz", lambda path: path.write_bytes(content.getvalue()))
-
-
-def _gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
-    """The held-out images that the network is most wrong and most right about."""
-    by_loss = verdicts[:, 2].argsort(descending=True, stable=True)
-    count = min(PICTURES, len(by_loss) // 2)
-    chosen = [("worst", row) for row in by_loss[:count]] + [("best", row) for row in by_loss.flip(0)[:count]]
-    pictures = []
-    for kind, row in chosen:
-        position, label, _, truth, predicted = verdicts[row][:5].tolist()
-        found = source.picture(int(position))
-        if found is None:
-            return []
-        image, name = found
-        image.thumbnail((160, 160))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        pictures.append(
-            {
-                "png": base64.b64encode(file.getvalue()).decode(),
-                "name": name,
-                "truth": source.classes[int(label)],
-                "predicted": source.classes[int(predicted)],
-                "probability": verdicts[row][4 + (verdicts.shape[1] - 4) // 2].item(),
-                "truth_probability": truth,
-                "kind": kind,
-            }
-        )
-    return pictures
-
-
-def _report(folder: Path, console: Console) -> None:
-    from ..bench.run_report import render_run
-    from ..bench.runs import read_run
-
-    write_text(folder / "report.html", render_run(read_run(folder), Recipe().to_json()))
-    console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False)
