@@ -12,11 +12,35 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["Interrupted", "NormBuffers", "Signals", "fitting_batch", "in_words"]
+from .recipe import Recipe
+
+__all__ = [
+    "Interrupted",
+    "NormBuffers",
+    "Signals",
+    "fitting_batch",
+    "in_words",
+    "interrupted",
+    "not_finite",
+]
 
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, saved its state and left; its text says how to go on."""
+
+
+def interrupted(name: str, saved: str) -> Interrupted:
+    """To be raised after a signal of that name."""
+    return Interrupted(f"interrupted by {name}: {saved}")
+
+
+def not_finite(recipe: Recipe, count: int, where: str, loss: float, norm: float, saved: str) -> ValueError:
+    """To be raised after so many updates in a row whose loss or gradient was not finite."""
+    return ValueError(
+        f"training: expected finite losses and gradients, got {count} updates in a row without, up to "
+        f"update {where} (loss {loss:g}, gradient {norm:g}, lr {recipe.lr():g}, seed {recipe.seed}); begin "
+        f"in another folder with a lower --optim.lr or --optim.clip; {saved}"
+    )
 
 
 class Signals:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..tasks._data.batches import Batch
 from ..tasks._data.draws import Part, draw
 from . import optim, parallel
-from .guard import Interrupted, NormBuffers, Signals, in_words
+from .guard import NormBuffers, Signals, in_words, interrupted, not_finite
 from .log import Log
 from .recipe import Recipe
 from .state import Keeper
@@ -83,6 +83,7 @@ def train(
     """
     made = parallel.accelerator(recipe)
     part = parallel.part(recipe, made, task.train_size)
+    recipe = replace(recipe, batch_size=part.batch_size)  # of a small set; the rate goes with it
     epoch_updates = task.train_size // part.batch_size
     total = epoch_updates * recipe.epochs
     model, average = parallel.placed(model, recipe, made)
@@ -93,16 +94,9 @@ def train(
     evaluated = average.module if average and recipe.optim.evaluate_ema else model
     norms = NormBuffers(model)
     keeper = Keeper(recipe, folder, made, network, optimizer.optimizer, average)
-    at = keeper.load()
-    norms.keep()
     console = console if console and made.is_main_process else Console(quiet=True)
-    if at.processes != made.num_processes:
-        console.print(
-            f"going on with {made.num_processes} processes after {at.processes}: the same images in the "
-            "same updates, but other masks of dropout and drop-path and other rounding; shards are dealt "
-            "out anew"
-        )
-        at.processes = made.num_processes
+    at = keeper.load(console)
+    norms.keep()
 
     def scored() -> Tensor:
         # Four pieces without activations take less memory than one with them.
@@ -110,7 +104,7 @@ def train(
 
     def leave() -> None:
         if signals.name and made.num_processes == 1:
-            raise Interrupted(f"interrupted by {signals.name}: {keeper.words(total)}")
+            raise interrupted(signals.name, keeper.words(total))
 
     verdicts = None
     with (
@@ -162,28 +156,15 @@ def train(
                 log.advance(at.update)
                 if at.update % recipe.log_every == 0:
                     rate = max(group["lr"] for group in optimizer.param_groups)
-                    passed = at.update / epoch_updates
-                    told = at.told(part.batch_size)
-                    log.line(
-                        "train",
-                        update=at.update,
-                        epoch=passed,
-                        lr=rate,
-                        grad_norm=norm if good else None,
-                        **told,
-                    )
+                    now = {"update": at.update, "epoch": at.update / epoch_updates, "lr": rate}
+                    log.line("train", **now, grad_norm=norm if good else None, **at.told(part.batch_size))
                 if at.bad >= recipe.bad_steps or (at.update % epoch_updates == 0 and not at.epoch_good):
-                    raise ValueError(
-                        f"training: expected finite losses and gradients, got {at.bad} updates in a row "
-                        f"without, up to update {at.update} of {total} (loss {mean_loss:g}, gradient "
-                        f"{norm:g}, lr {recipe.lr():g}, seed {recipe.seed}); begin in another folder with a "
-                        f"lower --optim.lr or --optim.clip; {keeper.words(total)}"
+                    raise not_finite(
+                        recipe, at.bad, f"{at.update} of {total}", mean_loss, norm, keeper.words(total)
                     )
                 if asked:
                     keeper.save(at)
-                    raise Interrupted(
-                        f"interrupted by {signals.name or 'SIGTERM elsewhere'}: {keeper.words(total)}"
-                    )
+                    raise interrupted(signals.name or "SIGTERM elsewhere", keeper.words(total))
                 if recipe.save_every and at.update % recipe.save_every == 0:
                     keeper.save(at)
         if verdicts is None:  # the run had been finished

@@ -25,6 +25,7 @@ from .. import models
 from .._find import pick
 from ..models._create import trunks
 from ..models._published import fill, own_state
+from ..tasks._data._decode import middle
 
 __all__ = ["Network", "build", "enough_memory", "load_network", "pick_device"]
 
@@ -77,6 +78,7 @@ class Network:
             std=self.std,
             crop_pct=crop or self.crop,
         )
+        make.transforms.insert(0, middle)
         return make if self.in_chans == 3 else Compose([Grayscale(), make])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ __all__ = [
     "accelerator",
     "agreed",
     "fitting",
+    "gathered",
     "last_backward",
     "load_states",
     "part",
@@ -154,6 +156,12 @@ def agreed(made: Accelerator, loss: Tensor, norm: Any, asked: bool) -> tuple[flo
         told = made.reduce(told, "mean")
     mean_loss, norm, stop = told.tolist()
     return mean_loss, norm, stop > 0
+
+
+def gathered(made: Accelerator, entries: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Entries of all processes, each once (collective)."""
+    everyone = gather_object(entries) if made.num_processes > 1 else entries
+    return list({tuple(entry.items()): entry for entry in everyone}.values())
 
 
 def fitting(network: nn.Module, task: Any, made: Accelerator, share: Part) -> int:

@@ -1,5 +1,6 @@
 """A run: its folder, its data, its network, the loop, and what is kept."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -75,11 +76,19 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
     before = _begun(folder, recipe)
     made.wait_for_everyone()  # all have looked before one writes
     config = _data_config(recipe)
-    with console.status("reading the images"):
+    side = recipe.img_size or config["size"]
+    if side is None and recipe.data.root != "digits":
+        raise ValueError(
+            f"img_size: expected the side of the images for {recipe.model}, which has none of its own, got "
+            "none; add --img-size 64"
+        )
+    # One process fetches what others then find.
+    fetching = made.local_main_process_first() if recipe.data.download else contextlib.nullcontext()
+    with console.status("reading the images"), fetching:
         source = open_source(
             recipe.data,
             recipe.augment,
-            recipe.img_size or config["size"],
+            side,
             recipe.eval_crop,
             config["mean"],
             config["std"],
@@ -96,7 +105,7 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
     about = before or artifacts.about(recipe, source, model, size, command)
     if made.is_main_process and not before:
         write_json(folder / "recipe.json", about)
-    best = [about.get("best", -math.inf)]
+    best, unreadable = [about.get("best", -math.inf)], list(source.skipped)
 
     def keep(point: dict[str, float], evaluated: nn.Module, verdicts: Tensor) -> None:
         """After every epoch: the best weights, what could not be read."""
@@ -104,6 +113,7 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         last = point["epoch"] == recipe.epochs
         best[0] = max(best[0], point["top1"])
         tensors = parallel.weights(evaluated) if best_so_far or last else {}
+        unreadable[:] = parallel.gathered(made, source.skipped)
         if not made.is_main_process:
             return
         crop = 1.0 if isinstance(source, InMemory) else recipe.eval_crop
@@ -113,17 +123,17 @@ def run(recipe: Recipe, console: Console | None = None, command: str | None = No
         if best_so_far:
             write_json(folder / "recipe.json", {**about, "best": best[0]})
         artifacts.save_verdicts(folder, verdicts)
-        if source.skipped:
-            write_json(folder / "skipped.json", source.skipped)
+        if unreadable:
+            write_json(folder / "skipped.json", unreadable)
 
     outcome = train(model, task, recipe, folder, keep, console)
     if made.is_main_process:
         write_json(folder / "gallery.json", artifacts.gallery(source, outcome.verdicts))
         artifacts.report(folder, console)
-        if source.skipped:
-            first = "{path}: {reason}".format(**source.skipped[0])
+        if unreadable:
+            first = "{path}: {reason}".format(**unreadable[0])
             console.print(
-                f"skipped {len(source.skipped)} unreadable images, listed in {folder / 'skipped.json'}, "
+                f"skipped {len(unreadable)} unreadable images, listed in {folder / 'skipped.json'}, "
                 f"the first {first}",
                 highlight=False,
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -93,9 +94,12 @@ class Keeper:
         self.made.wait_for_everyone()
         self.saved = at.update
 
-    def load(self) -> Position:
+    def load(self, console: Console) -> Position:
         """The newest state into the network, the optimiser and the average; the beginning where there is none
         (collective).
+
+        Args:
+            console: where another number of processes is told.
 
         Raises:
             ValueError: no state can be read, or it belongs to another network.
@@ -116,6 +120,13 @@ class Keeper:
                 f"{' '.join(str(error).split())[:200]}; use the recipe with which the run was begun"
             ) from None
         self.saved = at.update
+        if at.processes != self.made.num_processes:
+            console.print(
+                f"going on with {self.made.num_processes} processes after {at.processes}: the same images in "
+                "the same updates, but other masks of dropout and drop-path and other rounding; shards are "
+                "dealt out anew"
+            )
+            at.processes = self.made.num_processes
         return at
 
     def words(self, total: int) -> str:
