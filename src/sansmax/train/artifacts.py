@@ -130,4 +130,4 @@ def gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
 def report(folder: Path, console: Console) -> None:
     """report.html."""
     write_text(folder / "report.html", render_run(read_run(folder), Recipe().to_json()))
-    console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False)
+    console.print(f"{folder / 'report.html'} shows the run", highlight=False, markup=False, soft_wrap=True)
