@@ -56,5 +56,7 @@ def main(
         return 130
     console = Console()
     console.print(table(results))
-    console.print(f"{out}/report.html shows it with plots and pictures", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{out}/report.html shows it with plots and pictures", highlight=False, markup=False, soft_wrap=True
+    )
     return 0
