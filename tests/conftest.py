@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # several processes share the cores
+
 GOLDEN = Path(os.environ.get("SANSMAX_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 
