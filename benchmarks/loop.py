@@ -110,7 +110,7 @@ def ours(model: nn.Module, task: Any, augment: Augment, batch_size: int, epochs:
     with tempfile.TemporaryDirectory() as folder:
         train(model, task, recipe, Path(folder), lambda *_: ends.append(time.perf_counter()))
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-        evaluations = [line["seconds"] for line in lines if line["kind"] == "eval"]
+        evaluations = [line["eval_seconds"] for line in lines if line["kind"] == "eval"]
     return [b - a - e for (a, b), e in zip(itertools.pairwise(ends), evaluations[1:], strict=True)]
 
 

@@ -409,7 +409,7 @@ def test_position_times_and_lines_of_a_run(tmp_path):
         assert 0 <= line["data_wait"] <= 1
         assert line["images_per_s"] > 0
     assert told[0]["seconds"] < told[1]["seconds"]
-    assert list(found[0]) == ["kind", "update", "epoch", "top1", "top5", "loss", "seconds"]
+    assert list(found[0]) == ["kind", "update", "epoch", "top1", "top5", "loss", "seconds", "eval_seconds"]
 
 
 def uneven(parallel, folder):

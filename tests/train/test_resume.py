@@ -22,7 +22,7 @@ from sansmax.train.guard import Interrupted
 from sansmax.train.recipe import Augment, Data
 from sansmax.train.run import run
 
-TIMES = ("seconds", "images_per_s", "data_wait")
+TIMES = ("seconds", "eval_seconds", "images_per_s", "data_wait")
 
 
 def lines(folder: Path) -> list[dict]:

@@ -123,8 +123,10 @@ def train(
                     {"epoch": epoch, "loss": at.epoch_loss / max(1, at.epoch_good), **_held_out(found)}
                 )
                 at.evaluated, at.epoch_loss, at.epoch_good = epoch, 0.0, 0
-                seconds = time.perf_counter() - started
-                log.line("eval", update=at.update, epoch=epoch, **found, seconds=seconds)
+                took = time.perf_counter() - started
+                log.line(
+                    "eval", update=at.update, epoch=epoch, **found, seconds=at.seconds, eval_seconds=took
+                )
                 if on_epoch is not None:
                     on_epoch(at.curve[-1], evaluated, verdicts)
             if at.update == total:
