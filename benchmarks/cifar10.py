@@ -58,8 +58,9 @@ def main(
             "class_token": False,
             **json.loads(options),
         }
-        if words:
-            model_args["mechanism_args"] = json.loads(words)
+        own = json.loads(words) if words else base.model_args.get("mechanism_args")
+        if own:
+            model_args["mechanism_args"] = own
         recipe = dataclasses.replace(
             base,
             model_args=model_args,

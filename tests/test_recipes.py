@@ -224,6 +224,7 @@ TABLES = {
             "num_heads": 6,
             "class_token": False,
             "stem": "conv",
+            "mechanism_args": {"landmarks": 16},
         },
         "img_size": 32,
         "epochs": 100,

@@ -7,6 +7,9 @@ __all__ = ["cifar10"]
 
 RUNS = {f"cifar10_{name}": (name,) for name in _find.names("sansmax.layers")}
 
+# A landmark for four tokens, as in the last softmax-free stage of SOFT; the layer's 49 nearly equal the 64 tokens.
+OPTIONS = {name: {"mechanism_args": {"landmarks": 16}} for name in ("soft", "soft_norm")}
+
 
 def cifar10(mechanism: str) -> Recipe:
     """A small ViT (192 channels, 6 blocks, patches of 4 by a convolutional stem) with any mechanism at 32 px.
@@ -29,6 +32,7 @@ def cifar10(mechanism: str) -> Recipe:
             "num_heads": 6,
             "class_token": False,
             "stem": "conv",
+            **OPTIONS.get(mechanism, {}),
         },
         img_size=32,
         eval_crop=1.0,
