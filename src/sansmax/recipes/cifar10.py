@@ -7,7 +7,7 @@ __all__ = ["cifar10"]
 
 RUNS = {f"cifar10_{name}": (name,) for name in _find.names("sansmax.layers")}
 
-# A landmark for four tokens, as in the last softmax-free stage of SOFT; the layer's 49 nearly equal the 64 tokens.
+# A landmark for four tokens, as in the last stage of SOFT that has them; the layer makes 49 of any grid.
 OPTIONS = {name: {"mechanism_args": {"landmarks": 16}} for name in ("soft", "soft_norm")}
 
 
