@@ -116,7 +116,7 @@ class _TensorBoard:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             raise ValueError(
-                "tensorboard: expected the package tensorboard, got none; pip install sansmax[log]"
+                "tensorboard: expected the package tensorboard, got none; pip install tensorboard"
             ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
