@@ -73,6 +73,7 @@ def _child(
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
         }
     try:
         function(*arguments)
