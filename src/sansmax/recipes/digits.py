@@ -13,10 +13,11 @@ def digits(mechanism: str) -> Recipe:
 
         sansmax train digits_sima
 
-    Cost: 11 (external) to 41 seconds (soft_norm) in `sansmax compare`, on two cores of an AMD EPYC.
-    To reach: top-1 on the 445 held-out digits in `sansmax compare`, one seed: softmax 98.7, aft_simple 99.8,
-    xnorm 99.6, aft_full 99.3, aft_local 99.3, sima 99.1, soft 98.9, soft_norm 98.9, aft_conv 98.4, external
-    97.8, external_multihead 97.8. Differences below 1.5 points can be chance. No paper has these runs.
+    Cost: 13 (aft_simple) to 41 seconds (soft_norm) in `sansmax compare`, on two cores of an AMD EPYC.
+    To reach: top-1 on the 445 held-out digits in `sansmax compare`, one seed: softmax 98.0, aft_full,
+    aft_local and sima 99.6, aft_simple, soft, soft_norm and xnorm 99.1, aft_conv and external 98.9,
+    external_multihead 98.4.
+    Differences below 1.9 points can be chance. No paper has these runs.
 
     The rate changes at every update: up over a tenth of them, then down to 0.
     """
