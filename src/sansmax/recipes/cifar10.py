@@ -11,7 +11,7 @@ OPTIONS = {
     # A landmark for four tokens, as in the last stage of SOFT that has them; the layer makes 49 of any grid.
     "soft": {"landmarks": 16},
     "soft_norm": {"landmarks": 16},
-    # Changes nothing at the 64 tokens of training; at 64 px the same weights gain 9 points (see benchmarks).
+    # Changes nothing at the 64 tokens of training; at 64 px the same weights gain 8 points (see benchmarks).
     "sima": {"token_scale": 64},
 }
 
