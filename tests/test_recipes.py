@@ -15,26 +15,13 @@ import tyro
 from sansmax import _find, create_model, layers, models, recipes
 from sansmax.train import optim
 from sansmax.train.recipe import Recipe
+from sansmax.train.run import FREE
 
 NAMES = recipes.names()
 FAMILIES = _find.names(recipes.__name__)
 
 # What a run learns and how; the rest of a recipe says where it runs.
-RUNNING = {
-    "out",
-    "resume",
-    "save_every",
-    "keep",
-    "log_every",
-    "bad_steps",
-    "tensorboard",
-    "wandb",
-    "device",
-    "parallel",
-    "compile",
-    "channels_last",
-    "checkpointing",
-}
+RUNNING = {name for name in FREE if "." not in name} - {"accumulate"}
 DEIT = {
     "mechanism": None,
     "model_args": {},
