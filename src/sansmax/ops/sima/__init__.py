@@ -25,6 +25,8 @@ from . import fused
 __all__ = ["SimAState", "example", "flops", "order_for", "sima", "sima_init_state", "sima_step"]
 
 ORDERS = ("auto", "qk", "kv")
+# Of the kernels: a matrix of a head is held whole.
+WIDEST = 128
 
 
 def sima(
@@ -38,6 +40,7 @@ def sima(
     eps: float = 1e-12,
     order: str = "auto",
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """SimA attention (see the module for the equation).
 
@@ -63,11 +66,16 @@ def sima(
         raise ValueError(
             f"sima: order must be one of {', '.join(ORDERS)}, got {order!r}; use 'auto' if unsure"
         )
-    name, _ = choose("sima", backend, q)
-    k, v = _check.cleared(mask, k, v)
+    limits = ("head width", q.shape[3], WIDEST), ("value width", v.shape[3], WIDEST)
+    name, _ = choose("sima", backend, q, limits, explain=explain)
     if query_mask is None and q.shape[2] == k.shape[2]:
         query_mask = mask
     _check.key_mask("sima", query_mask, q.shape[0], q.shape[2], q)
+    if name == "triton":
+        from . import triton
+
+        return triton.sima(q, k, v, mask, query_mask, eps)
+    k, v = _check.cleared(mask, k, v)
     (q,) = _check.cleared(query_mask, q)
     if name == "reference":
         return reference(q, k, v, causal, eps)
