@@ -29,7 +29,10 @@ def example(name, causal, **sizes):
 
 
 def results(name, arguments, options, backend, dtype):
-    """The output and the gradient of every floating tensor, computed from copies in `dtype`."""
+    """The output and the gradient of every floating tensor, computed from copies in `dtype`.
+
+    What masked tokens put out is left out of both.
+    """
 
     def leaf(a):
         if isinstance(a, tuple):
@@ -42,7 +45,10 @@ def results(name, arguments, options, backend, dtype):
     out = OPERATORS[name][1](*arguments, **options, backend=backend)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     weight = weight.to(out.device, torch.float16).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+    mask = options.get("mask")
+    if mask is not None:
+        weight = weight.masked_fill(~mask.view(mask.shape[0], *[1] * (out.ndim - 3), -1, 1), 0)
+    return [torch.where(weight == 0, 0, out.detach()), *torch.autograd.grad(out, leaves, weight)]
 
 
 def assert_in_budget(name, arguments, options, dtype, error):
@@ -56,9 +62,9 @@ def assert_in_budget(name, arguments, options, dtype, error):
         if want.abs().max() < 1e-9 * largest:  # a gradient that cancels, as that of a single query
             assert kernel.abs().max() < 4 * eager.abs().max() + 30 * torch.finfo(dtype).eps * largest
             continue
-        # Matrices of a head are rounded to half precision, which the reference does not do; the interpreter
-        # cuts bfloat16 off where a GPU rounds.
-        assert error(kernel, want) < 4 * error(eager, want) + 2 * torch.finfo(dtype).eps
+        # 8.4e-7 was the largest in float32. Matrices of a head are rounded to half precision, which the
+        # reference does not do; the interpreter cuts bfloat16 off where a GPU rounds.
+        assert error(kernel, want) < 4 * error(eager, want) + 4 * torch.finfo(dtype).eps
 
 
 @each
@@ -84,10 +90,8 @@ def test_masked_tokens_change_nothing_and_get_no_gradient(name, causal, error):
         axis = list(arguments[i].shape).index(70)
         shape = [2 if a == 0 else 70 if a == axis else 1 for a in range(arguments[i].ndim)]
         holding[i] = arguments[i].detach().masked_fill(~mask.view(shape), float("nan"))
-    kept = mask[:, None] if want[0].ndim == 4 else mask
     got = results(name, tuple(holding), options, "triton", torch.float32)
-    assert torch.equal(got[0][kept.expand(got[0].shape[:-1])], want[0][kept.expand(got[0].shape[:-1])])
-    for one, other in zip(got[1:], want[1:], strict=True):
+    for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 
 
@@ -146,6 +150,42 @@ def test_opcheck(name, causal):
         torch.library.opcheck(
             function, own, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
+
+
+@pytest.mark.parametrize(
+    "scales", [(7e37, 1, 1), (1, 7e37, 1), (1, 1, 7e37), (7e34, 7e34, 7e34), (1e-19, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sima", "xnorm"])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter
+def test_any_scale(name, dtype, scales, error):
+    """Sums and products beyond float32, and channels of zeros, whose gradients of q and k are too large."""
+    qkv = [t * scale for t, scale in zip(example(name, False, tokens=70)[0], scales, strict=False)]
+    qkv[0][..., 1], qkv[1][..., 3] = 0, 0
+    qkv = [t.to(dtype) for t in qkv]
+    exact, *_, grad_v = results(name, [t.double() for t in qkv], {}, "reference", torch.float64)
+    got, *_, got_grad_v = results(name, qkv, {}, "triton", dtype)
+    assert error(got, exact) < 4 * torch.finfo(dtype).eps
+    if grad_v.abs().max() > 1e-30:
+        assert error(got_grad_v, grad_v) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["sima", "xnorm"])
+@pytest.mark.parametrize(("queries", "keys", "dim", "value_dim"), [(5, 300, 16, 40), (130, 1, 48, 8)])
+def test_cross_attention_and_sums_in_parts(name, queries, keys, dim, value_dim, error):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 2, queries, dim), (1, 2, keys, dim), (1, 2, keys, value_dim)
+    arguments = tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    assert_in_budget(name, arguments, {}, torch.float32, error)
+
+
+def test_explain_says_which_backend_serves_and_why(capsys):
+    (q, k, v), _ = example("sima", False, dim=160, dtype=torch.float32)
+    OPERATORS["sima"][1](q, k, v, explain=True)
+    reason = "cpu tensors have no kernel" if DEVICE == "cpu" else "head width 160 is above 128"
+    assert f"sansmax.sima: fused, because {reason}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"head width 160 is above 128.*use backend='fused' or 'auto'"):
+        OPERATORS["sima"][1](q, k, v, backend="triton")
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -49,6 +49,11 @@ def prescale(dtype: torch.dtype) -> float:
     return 1.0 if dtype == torch.float16 else 2.0**-20
 
 
+def average(tokens: int) -> float:
+    """What x / sum |x| is multiplied by so that its average is about 1, and no entry leaves float16."""
+    return 2.0 ** min(13, tokens.bit_length() - 1)
+
+
 def warps(*widths: int) -> int:
     return 8 if max(widths) > 64 else 4
 
@@ -161,6 +166,31 @@ def gather(
 
 
 @triton.jit
+def sum_of_parts(product, scale, program, parts, D: tl.constexpr, E: tl.constexpr):
+    """The sum of the parts of `gather` at the smallest of their scales, and that scale."""
+    d, e = tl.arange(0, D), tl.arange(0, E)
+    by = tl.full([D], 2.0**60, tl.float32)
+    for part in range(parts):
+        by = tl.minimum(by, tl.load(scale + (program * parts + part) * D + d))
+    acc = tl.zeros([D, E], tl.float32)
+    for part in range(parts):
+        at = program * parts + part
+        one = tl.load(product + at.to(tl.int64) * D * E + d[:, None] * E + e[None, :])
+        acc += one * (by / tl.load(scale + at * D + d))[:, None]
+    return acc, by
+
+
+@triton.jit
+def store_scaled(values, matrix, scale, factor, program, A: tl.constexpr, B: tl.constexpr):
+    """Stores values (A, B) as a matrix for `apply`, and a scale for each of its B output channels."""
+    a, b = tl.arange(0, A), tl.arange(0, B)
+    largest = tl.max(tl.abs(values), 0)
+    at = matrix + program.to(tl.int64) * A * B + a[:, None] * B + b[None, :]
+    tl.store(at, (values * inverse_power(largest)[None, :]).to(matrix.dtype.element_ty))
+    tl.store(scale + program * B + b, power(largest) * factor)
+
+
+@triton.jit
 def unit(x, eps):
     """Rows x / max(|x|, eps), and 1 / max(|x|, eps), 0 for the second where the floor is what counts."""
     by = inverse_power(tl.max(tl.abs(x.to(tl.float32)), 1))
@@ -176,6 +206,7 @@ def apply(
     x,
     matrix,
     scale,
+    rows_scale,
     y,
     shift,
     mask,
@@ -204,11 +235,12 @@ def apply(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """out = (prescale x) matrix, times `scale` for each output channel, and then, by KIND:
 
-    "plain"          nothing more
+    "plain"          nothing more; with ROWS a number for each channel of x in place of prescale
     "sign"           - sign(y) shift
     "unit"           x of length 1 in place of prescale x
     "unit_backward"  the gradient of y / max(|y|, eps), if that is the gradient of the unit y
@@ -220,7 +252,12 @@ def apply(
     inside = kept(mask, batch, n, n < tokens, mask_b, mask_n, MASKED)
     rows = tokens_of(x, batch, head, n, d, inside, dim, x_b, x_h, x_n, x_d)
     weights = tl.load(matrix + program.to(tl.int64) * D * E + d[:, None] * E + e[None, :])
-    wide = unit(rows, eps)[0] if KIND == "unit" else rows.to(tl.float32) * prescale
+    if KIND == "unit":
+        wide = unit(rows, eps)[0]
+    elif ROWS:
+        wide = rows.to(tl.float32) * tl.load(rows_scale + program * D + d)[None, :]
+    else:
+        wide = rows.to(tl.float32) * prescale
     result = dot(wide.to(rows.dtype), weights)
     result *= tl.load(scale + program * E + e)[None, :]
     if KIND == "sign":
@@ -307,6 +344,7 @@ def applied(
     kind: str = "plain",
     y: Tensor | None = None,
     shift: Tensor | None = None,
+    rows: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
     """`apply` for all tokens; `out` is written and returned."""
@@ -317,6 +355,7 @@ def applied(
         x,
         matrix,
         scale,
+        scale if rows is None else rows,
         y,
         scale if shift is None else shift,
         pointer(mask, x),
@@ -335,6 +374,7 @@ def applied(
         E=wide_out,
         BLOCK=BLOCK,
         MASKED=mask is not None,
+        ROWS=rows is not None,
         KIND=kind,
         num_warps=warps(wide, wide_out),
     )

@@ -53,6 +53,7 @@ def sima(
         eps: floor of the l1 sums, 1e-12 as published (1e-6 in the published class attention).
         order: "qk" for (q k^T) v, "kv" for q (k^T v), "auto" for the one with fewer FLOPs; same result.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, H, N, E) in the dtype of q.

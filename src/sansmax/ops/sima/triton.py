@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton as shared
-from .._triton import BLOCK, inverse_power, kept, power, tokens_of
+from .._triton import BLOCK, inverse_power, kept, power, store_scaled, sum_of_parts, tokens_of
 
 
 @triton.jit
@@ -51,66 +51,45 @@ def _absolute_sums(
 
 
 @triton.jit
-def _parts(product, scale, program, parts, D: tl.constexpr, E: tl.constexpr):
-    """The sum of the parts of `gather` at the smallest of their scales, and that scale."""
-    d, e = tl.arange(0, D), tl.arange(0, E)
-    by = tl.full([D], 2.0**60, tl.float32)
-    for part in range(parts):
-        by = tl.minimum(by, tl.load(scale + (program * parts + part) * D + d))
-    acc = tl.zeros([D, E], tl.float32)
-    for part in range(parts):
-        at = program * parts + part
-        one = tl.load(product + at.to(tl.int64) * D * E + d[:, None] * E + e[None, :])
-        acc += one * (by / tl.load(scale + at * D + d))[:, None]
-    return acc, by
-
-
-@triton.jit
-def _scaled(values, matrix, scale, factor, program, A: tl.constexpr, B: tl.constexpr):
-    """Stores values (A, B) as a matrix for `apply`, and a scale for each of its B output channels."""
-    a, b = tl.arange(0, A), tl.arange(0, B)
-    largest = tl.max(tl.abs(values), 0)
-    at = matrix + program.to(tl.int64) * A * B + a[:, None] * B + b[None, :]
-    tl.store(at, (values * inverse_power(largest)[None, :]).to(matrix.dtype.element_ty))
-    tl.store(scale + program * B + b, power(largest) * factor)
-
-
-@triton.jit
 def _forward_matrix(
     product,
     scale,
     total,
-    q_parts_total,
+    q_parts,
     kv,
     k_total,
     k_scale,
     q_total,
     matrix,
-    out_scale,
+    matrix_scale,
+    q_rows,
     parts,
-    q_parts,
+    count,
     eps,
     prescale,
+    average,
     D: tl.constexpr,
     E: tl.constexpr,
 ):
-    """k^^T v, and the matrix that the queries meet: k^^T v / sum |q|."""
+    """k^^T v, and what the queries meet: diag(rows) matrix diag(scale) = diag(1 / sum |q|) k^^T v."""
     program = tl.program_id(0)
     d, e = tl.arange(0, D), tl.arange(0, E)
-    acc, by = _parts(product, scale, program, parts, D, E)
+    acc, by = sum_of_parts(product, scale, program, parts, D, E)
     k_sum = tl.zeros([D], tl.float32)
     for part in range(parts):
         at = (program * parts + part) * D + d
         k_sum += tl.load(total + at) * (by / tl.load(scale + at))
     q_sum = tl.zeros([D], tl.float32)
-    for part in range(q_parts):
-        q_sum += tl.load(q_parts_total + (program * q_parts + part) * D + d)
+    for part in range(count):
+        q_sum += tl.load(q_parts + (program * count + part) * D + d)
     acc /= tl.maximum(k_sum, eps * by)[:, None]
     tl.store(kv + program.to(tl.int64) * D * E + d[:, None] * E + e[None, :], acc)
     tl.store(k_total + program * D + d, k_sum)
     tl.store(k_scale + program * D + d, by)
     tl.store(q_total + program * D + d, q_sum)
-    _scaled(acc / tl.maximum(q_sum, eps * prescale)[:, None], matrix, out_scale, 1.0, program, D, E)
+    q_sum = tl.maximum(q_sum, eps * prescale)
+    tl.store(q_rows + program * D + d, inverse_power(q_sum) * (prescale * average))
+    store_scaled(acc * (power(q_sum) / q_sum)[:, None], matrix, matrix_scale, 1 / average, program, D, E)
 
 
 @triton.jit
@@ -129,9 +108,11 @@ def _backward_matrices(
     k_shift,
     to_v,
     to_v_scale,
+    k_rows,
     parts,
     eps,
     prescale,
+    average,
     D: tl.constexpr,
     E: tl.constexpr,
 ):
@@ -143,20 +124,21 @@ def _backward_matrices(
     """
     program = tl.program_id(0)
     d, e = tl.arange(0, D), tl.arange(0, E)
-    acc, by = _parts(product, scale, program, parts, D, E)
+    acc, by = sum_of_parts(product, scale, program, parts, D, E)
     m = tl.load(kv + program.to(tl.int64) * D * E + d[:, None] * E + e[None, :])
     k_sum = tl.load(k_total + program * D + d)
     k_by = tl.load(k_scale + program * D + d)
     q_sum = tl.load(q_total + program * D + d)
     k_free, q_free = k_sum > eps * k_by, q_sum > eps * prescale
-    k_sum, q_sum = tl.maximum(k_sum, eps * k_by) / k_by, tl.maximum(q_sum, eps * prescale) / prescale
-    dm = acc / q_sum[:, None] / by[:, None]
+    k_sum, q_sum = tl.maximum(k_sum, eps * k_by), tl.maximum(q_sum, eps * prescale)
+    dm = acc / q_sum[:, None] * (prescale / by)[:, None]
     c = tl.sum(m * dm, 1)
-    _scaled(tl.trans(m / q_sum[:, None]), to_q, to_q_scale, 1 / prescale, program, E, D)
-    _scaled(tl.trans(dm / k_sum[:, None]), to_k, to_k_scale, 1 / prescale, program, E, D)
-    _scaled(dm / k_sum[:, None], to_v, to_v_scale, 1 / prescale, program, D, E)
-    tl.store(q_shift + program * D + d, tl.where(q_free, c / q_sum, 0.0))
-    tl.store(k_shift + program * D + d, tl.where(k_free, c / k_sum, 0.0))
+    store_scaled(tl.trans(m / q_sum[:, None]), to_q, to_q_scale, 1.0, program, E, D)
+    store_scaled(tl.trans(dm / k_sum[:, None] * k_by[:, None]), to_k, to_k_scale, 1 / prescale, program, E, D)
+    store_scaled(dm * (power(k_sum) / k_sum)[:, None], to_v, to_v_scale, 1 / average, program, D, E)
+    tl.store(k_rows + program * D + d, inverse_power(k_sum) * k_by * average)
+    tl.store(q_shift + program * D + d, tl.where(q_free, c / q_sum * prescale, 0.0))
+    tl.store(k_shift + program * D + d, tl.where(k_free, c / k_sum * k_by, 0.0))
 
 
 def sima(
@@ -175,7 +157,7 @@ def _sima(
     heads, dim = q.shape[1], q.shape[3]
     scale = shared.prescale(q.dtype)
     product, by, k_parts = shared.gathered(k, v, mask, summed=True)
-    programs, _, wide, wide_value = product.shape
+    programs, parts, wide, wide_value = product.shape
     count, per_part = shared.parts(q.shape[2], programs, q.device)
     q_parts = torch.empty(programs, count, wide, dtype=torch.float32, device=q.device)
     _absolute_sums[count, programs](
@@ -195,6 +177,7 @@ def _sima(
     )
     out, kv, rows = _empty(q, v)
     matrix, matrix_scale = shared.matrix(q, programs, wide, wide_value)
+    q_rows = torch.empty_like(rows[0])
     _forward_matrix[programs,](
         product,
         by,
@@ -204,15 +187,17 @@ def _sima(
         *rows,
         matrix,
         matrix_scale,
-        product.shape[1],
+        q_rows,
+        parts,
         count,
         eps,
         scale,
+        shared.average(q.shape[2]),
         D=wide,
         E=wide_value,
         num_warps=shared.warps(wide, wide_value),
     )
-    shared.applied(q, matrix, matrix_scale, out, query_mask)
+    shared.applied(q, matrix, matrix_scale, out, query_mask, rows=q_rows)
     return out, kv, rows
 
 
@@ -247,7 +232,7 @@ def _sima_backward(
     to_q, to_q_scale = shared.matrix(q, programs, wide_value, wide)
     to_k, to_k_scale = shared.matrix(q, programs, wide_value, wide)
     to_v, to_v_scale = shared.matrix(q, programs, wide, wide_value)
-    q_shift, k_shift = torch.empty_like(rows[:2])
+    q_shift, k_shift, k_rows = torch.empty_like(rows)
     _backward_matrices[programs,](
         product,
         by,
@@ -261,9 +246,11 @@ def _sima_backward(
         k_shift,
         to_v,
         to_v_scale,
+        k_rows,
         product.shape[1],
         eps,
         shared.prescale(q.dtype),
+        shared.average(k.shape[2]),
         D=wide,
         E=wide_value,
         num_warps=shared.warps(wide, wide_value),
@@ -271,7 +258,7 @@ def _sima_backward(
     dq, dk, dv = (shared.tokens_first(x, x.shape[3]) for x in (q, k, v))
     shared.applied(grad, to_q, to_q_scale, dq, query_mask, "sign", q, q_shift)
     shared.applied(v, to_k, to_k_scale, dk, mask, "sign", k, k_shift)
-    shared.applied(k, to_v, to_v_scale, dv, mask)
+    shared.applied(k, to_v, to_v_scale, dv, mask, rows=k_rows)
     return dq, dk, dv
 
 
@@ -281,9 +268,8 @@ def _(grad, q, k, v, mask, query_mask, kv, rows, eps):
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, mask, query_mask, ctx.eps = inputs
-    _, kv, rows = output
-    ctx.save_for_backward(q, k, v, mask, query_mask, kv, rows)
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx, grad, *_):

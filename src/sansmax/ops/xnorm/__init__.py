@@ -24,6 +24,9 @@ from . import fused
 
 __all__ = ["XNormState", "example", "flops", "xnorm", "xnorm_init_state", "xnorm_step"]
 
+# Of the kernels: a matrix of a head is held whole.
+WIDEST = 128
+
 
 def xnorm(
     q: Tensor,
@@ -35,6 +38,7 @@ def xnorm(
     causal: bool = False,
     eps: float = 1e-12,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """XNorm attention (see the module for the equation).
 
@@ -45,6 +49,7 @@ def xnorm(
         causal: M over the prefix; needs N == M.
         eps: floor of the l2 norms. A query, value channel or key set of zeros gives 0.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, H, N, E) in the dtype of q.
@@ -57,8 +62,14 @@ def xnorm(
     if gamma is not None:
         _check.floating("xnorm", q=q, gamma=gamma.to(q.dtype) if gamma.is_floating_point() else gamma)
         _check.shape("xnorm", "gamma", gamma, (q.shape[1],), "gamma is one number per head")
-    name, _ = choose("xnorm", backend, q)
-    q, (k, v) = _check.finite_queries(mask, q), _check.cleared(mask, k, v)
+    limits = ("head width", q.shape[3], WIDEST), ("value width", v.shape[3], WIDEST)
+    name, _ = choose("xnorm", backend, q, limits, explain=explain)
+    q = _check.finite_queries(mask, q)
+    if name == "triton":
+        from . import triton
+
+        return triton.xnorm(q, k, v, gamma, mask, eps)
+    k, v = _check.cleared(mask, k, v)
     body = reference if name == "reference" else fused.xnorm
     return body(q, k, v, gamma, causal, eps)
 
