@@ -59,11 +59,11 @@ def warps(*widths: int) -> int:
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b with float32 sums; float32 is not rounded to TF32."""
+def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+    """a @ b with float32 sums; float32 is not rounded to TF32 ("tf32x3": three products of its parts)."""
     if INTERPRETED:  # its bfloat16 are uint16 to NumPy's product
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -296,13 +296,26 @@ def matrix(like: Tensor, programs: int, wide: int, wide_out: int) -> tuple[Tenso
 
 
 def gathered(
-    k: Tensor, v: Tensor, mask: Tensor | None, *, summed: bool = False, unit: bool = False, eps: float = 0.0
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    chunk: int | None = None,
+    summed: bool = False,
+    unit: bool = False,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gather`'s parts: products (B H, parts, D', E'), scales and sums (B H, parts, D')."""
+    """`gather`'s parts: products (B H, parts, D', E'), scales and sums (B H, parts, D').
+
+    As many parts as fill the GPU, or one for each `chunk` tokens.
+    """
     batch, heads, tokens, dim = k.shape
     value_dim = v.shape[3]
     wide, wide_value = padded(dim), padded(value_dim)
-    count, per_part = parts(tokens, batch * heads, k.device)
+    if chunk is None:
+        count, per_part = parts(tokens, batch * heads, k.device)
+    else:
+        count, per_part = triton.cdiv(tokens, chunk), chunk
     product = k.new_empty(batch * heads, count, wide, wide_value, dtype=torch.float32)
     scale = k.new_empty(batch * heads, count, wide, dtype=torch.float32)
     total = torch.empty_like(scale) if summed else scale
@@ -325,7 +338,7 @@ def gathered(
         *mask_strides(mask),
         D=wide,
         E=wide_value,
-        BLOCK=BLOCK,
+        BLOCK=min(BLOCK, per_part),
         MASKED=mask is not None,
         RESCALED=k.dtype != torch.float16,
         SUMMED=summed,

@@ -25,6 +25,7 @@ from . import fused
 __all__ = ["SimAState", "example", "flops", "order_for", "sima", "sima_init_state", "sima_step"]
 
 ORDERS = ("auto", "qk", "kv")
+KERNEL_FORMS = ("", "causal")
 # Of the kernels: a matrix of a head is held whole.
 WIDEST = 128
 
@@ -73,6 +74,14 @@ def sima(
         query_mask = mask
     _check.key_mask("sima", query_mask, q.shape[0], q.shape[2], q)
     if name == "triton":
+        if causal:
+            from . import _triton_causal
+
+            if mask is not query_mask:  # the kernel takes one mask for queries and keys
+                k, v = _check.cleared(mask, k, v)
+                (q,) = _check.cleared(query_mask, q)
+                mask = None
+            return _triton_causal.sima(q, k, v, mask, eps)
         from . import triton
 
         return triton.sima(q, k, v, mask, query_mask, eps)

@@ -141,6 +141,26 @@ def _backward_matrices(
     tl.store(k_shift + program * D + d, tl.where(k_free, c / k_sum * k_by, 0.0))
 
 
+def absolute_sums(q: Tensor, mask: Tensor | None, total: Tensor, per_part: int) -> None:
+    """Writes sum |prescale q| of every `per_part` tokens into total (B H, parts, D')."""
+    programs, count, wide = total.shape
+    _absolute_sums[count, programs](
+        q,
+        shared.pointer(mask, q),
+        total,
+        q.shape[2],
+        per_part,
+        q.shape[1],
+        q.shape[3],
+        shared.prescale(q.dtype),
+        *q.stride(),
+        *shared.mask_strides(mask),
+        D=wide,
+        BLOCK=min(BLOCK, per_part),
+        MASKED=mask is not None,
+    )
+
+
 def sima(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, query_mask: Tensor | None, eps: float
 ) -> Tensor:
@@ -154,27 +174,12 @@ def _sima(
     """The output; k^^T v (B H, D', E'), D' and E' padded; (3, B H, D'): sums of |k| times a scale, that
     scale, sums of |q|.
     """
-    heads, dim = q.shape[1], q.shape[3]
     scale = shared.prescale(q.dtype)
     product, by, k_parts = shared.gathered(k, v, mask, summed=True)
     programs, parts, wide, wide_value = product.shape
     count, per_part = shared.parts(q.shape[2], programs, q.device)
     q_parts = torch.empty(programs, count, wide, dtype=torch.float32, device=q.device)
-    _absolute_sums[count, programs](
-        q,
-        shared.pointer(query_mask, q),
-        q_parts,
-        q.shape[2],
-        per_part,
-        heads,
-        dim,
-        scale,
-        *q.stride(),
-        *shared.mask_strides(query_mask),
-        D=wide,
-        BLOCK=BLOCK,
-        MASKED=query_mask is not None,
-    )
+    absolute_sums(q, query_mask, q_parts, per_part)
     out, kv, rows = _empty(q, v)
     matrix, matrix_scale = shared.matrix(q, programs, wide, wide_value)
     q_rows = torch.empty_like(rows[0])
