@@ -29,7 +29,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
     from sansmax import layers, models
-    from sansmax.models import create_model, load_published
+    from sansmax.models import create_model, load_published, optimize_for_inference
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "load_published",
     "models",
     "newton_inverse",
+    "optimize_for_inference",
     "sima",
     "sima_init_state",
     "sima_step",
@@ -66,6 +67,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("layers", "models"):
         return import_module(f"sansmax.{name}")
-    if name in ("create_model", "load_published"):
+    if name in ("create_model", "load_published", "optimize_for_inference"):
         return getattr(import_module("sansmax.models"), name)
     raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from ._create import create_model
 from ._cvt import CvT
 from ._eanet import EANet
 from ._fpn import FPNBackbone
+from ._inference import optimize_for_inference
 from ._published import load_published
 from ._pyramid import Pyramid
 from ._register import networks
@@ -23,6 +24,7 @@ __all__ = [
     "create_model",
     "load_published",
     "networks",
+    "optimize_for_inference",
 ]
 
 for _name in names(__name__):

@@ -21,6 +21,7 @@ from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
 from ..ops._backend import no_autocast
+from ._inference import scale_outputs
 
 __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
 
@@ -108,7 +109,19 @@ class MixerXCBlock(XCABlock):
 
     def scaled(self, branch: int, y: Tensor) -> Tensor:
         """LayerScale of a branch."""
-        return self.get_parameter(f"gamma{branch}") * y
+        gamma = getattr(self, f"gamma{branch}")
+        return y if gamma is None else gamma * y
+
+    def fold_scales(self) -> None:
+        """Multiplies LayerScale into the layers that end the branches: for inference alone."""
+        for branch, layer in (
+            (1, self.attn.proj),
+            (2, self.mlp.fc2),
+            (3, getattr(self.local_mp, "conv2", None)),
+        ):
+            if layer is not None:
+                scale_outputs(layer, getattr(self, f"gamma{branch}"), getattr(self, f"beta{branch}", None))
+                setattr(self, f"gamma{branch}", None)
 
 
 class DoubleFourierPositions(PositionalEncodingFourier):

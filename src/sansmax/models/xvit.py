@@ -71,7 +71,8 @@ class AffineXCBlock(MixerXCBlock):
     beta3: nn.Parameter
 
     def scaled(self, branch: int, y: Tensor) -> Tensor:
-        return torch.addcmul(self.get_parameter(f"beta{branch}"), self.get_parameter(f"gamma{branch}"), y)
+        gamma = getattr(self, f"gamma{branch}")
+        return y if gamma is None else torch.addcmul(self.get_parameter(f"beta{branch}"), gamma, y)
 
 
 class ClassBlock(nn.Module):

@@ -59,7 +59,7 @@ def warps(*widths: int) -> int:
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, PRECISION: tl.constexpr = tl.constexpr("ieee")):
     """a @ b with float32 sums; float32 is not rounded to TF32 ("tf32x3": three products of its parts)."""
     if INTERPRETED:  # its bfloat16 are uint16 to NumPy's product
         a, b = a.to(tl.float32), b.to(tl.float32)

@@ -90,7 +90,10 @@ def _backward_matrices(
 
 @triton.jit
 def _gamma(gamma, program, heads, GAMMA: tl.constexpr):
-    return tl.load(gamma + program % heads).to(tl.float32) if GAMMA else 1.0
+    factor = tl.full([], 1.0, tl.float32)
+    if GAMMA:
+        factor = tl.load(gamma + program % heads).to(tl.float32)
+    return factor
 
 
 def xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
