@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.layers import LayerScale
+from timm.layers.layer_scale import LayerScale
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

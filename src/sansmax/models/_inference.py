@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers import LayerScale, LayerScale2d
+from timm.layers.layer_scale import LayerScale, LayerScale2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -102,12 +102,10 @@ def scale_outputs(layer: nn.Module, gamma: Tensor, beta: Tensor | None = None) -
     """gamma layer(x) + beta as the layer's own weights, channel by channel."""
     weight, bias = layer.get_parameter("weight"), layer.bias
     weight.data = weight.data * gamma.view(-1, *[1] * (weight.ndim - 1))
-    if bias is not None:
-        bias.data = bias.data * gamma
-    if beta is not None:
-        if bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(beta), requires_grad=False)
-        layer.get_parameter("bias").data += beta
+    if isinstance(bias, Tensor):
+        bias.data = bias.data * gamma if beta is None else bias.data * gamma + beta
+    elif beta is not None:
+        layer.bias = nn.Parameter(beta.clone(), requires_grad=False)
 
 
 def _pairs(model: nn.Module, example: Tensor) -> list[tuple[nn.Module, nn.Module]]:

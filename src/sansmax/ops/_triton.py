@@ -22,6 +22,7 @@ from triton import knobs
 BLOCK = 64
 # Parts of the sums over tokens that are wanted for every multiprocessor.
 WAVES = 2
+IEEE = tl.constexpr("ieee")
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # What the interpreter splits for, so that tests see several parts.
 INTERPRETED_PROCESSORS = 16
@@ -59,7 +60,7 @@ def warps(*widths: int) -> int:
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = tl.constexpr("ieee")):
+def dot(a, b, PRECISION: tl.constexpr = IEEE):
     """a @ b with float32 sums; float32 is not rounded to TF32 ("tf32x3": three products of its parts)."""
     if INTERPRETED:  # its bfloat16 are uint16 to NumPy's product
         a, b = a.to(tl.float32), b.to(tl.float32)
