@@ -41,7 +41,8 @@ class Form:
     Args:
         call: the output as a function of the leaves.
         leaves: what it reads and what its gradients go to.
-        truth: what `call` must equal; called with the leaves in float64.
+        truth: what `call` must equal, called with the leaves in float64; None is `call`, or `module` in
+            float64.
         flops: of the forward pass, two for each multiply-add.
         module: whose parameters the leaves behind the first are; their gradients are judged together,
             because the true gradient of one of them may be zero.
@@ -50,7 +51,7 @@ class Form:
 
     call: Callable[..., Tensor]
     leaves: Leaves
-    truth: Callable[..., Tensor]
+    truth: Callable[..., Tensor] | None
     flops: int
     module: nn.Module | None = None
     scratch: int = 0
@@ -68,14 +69,8 @@ class Case:
 
 def module_form(module: nn.Module, x: Tensor, flops: int) -> Form:
     """The module as a form, in evaluation; its truth is itself in float64."""
-    module.eval()
-    names, parameters = zip(*module.named_parameters(), strict=True)
-
-    def truth(x: Tensor, *parameters: Tensor) -> Tensor:
-        wide = copy.deepcopy(module).double()
-        return torch.func.functional_call(wide, dict(zip(names, parameters, strict=True)), (x,))
-
-    return Form(lambda x, *_: module(x), (x.requires_grad_(), *parameters), truth, flops, module)
+    leaves = (x.requires_grad_(), *module.eval().parameters())
+    return Form(lambda x, *_: module(x), leaves, None, flops, module)
 
 
 def measured(
@@ -103,7 +98,7 @@ def measured(
                 del forms[name]
                 notes.append(f"{name} was left out: it needs {needs}")
             else:
-                forms[name] = replace(form, truth=form.call)
+                forms[name] = replace(form, truth=None)
                 notes.append(f"{name} was checked against its own float64: the published form needs {needs}")
     if compiled:
         forms |= {f"{name}, compiled": _compiled(form) for name, form in forms.items()}
@@ -158,7 +153,6 @@ class Check:
 
 
 def _check(form: Form, backward: bool, device: str) -> Check:
-    exact = tuple(t.detach().double().requires_grad_() for t in form.leaves)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         out = form.call(*form.leaves)  # the first call may compile or fill caches
@@ -169,8 +163,17 @@ def _check(form: Form, backward: bool, device: str) -> Check:
     got = _results(form.call, form.leaves, weight, backward, form.module is not None)
     synchronize(device)
     took = time.perf_counter() - start
-    truth = _results(form.truth, exact, weight.double(), backward, form.module is not None)
+    truth = _results(*_exact(form), weight.double(), backward, form.module is not None)
     return Check(_errors(got, truth), took, got[0].nbytes)
+
+
+def _exact(form: Form) -> tuple[Callable[..., Tensor], Leaves]:
+    """The truth and its leaves, in float64."""
+    x, *parameters = (t.detach().double().requires_grad_() for t in form.leaves)
+    if form.module is None:
+        return form.truth or form.call, (x, *parameters)
+    wide = copy.deepcopy(form.module).double()
+    return lambda x, *_: wide(x), (x, *wide.parameters())
 
 
 def _results(
@@ -260,9 +263,9 @@ def _call(form: Form, name: str) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
 
     def step() -> None:
-        optimizer.zero_grad()
         form.call(x.detach(), *parameters).square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

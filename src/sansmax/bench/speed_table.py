@@ -50,8 +50,11 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
     ]
     varying = [key for key in varying if any(key in row for row in rows)]
     others = list(dict.fromkeys(other for row in rows for other in row.get("speedup", ())))
+    # Where every row has others of its own, the cell names them.
+    most = max((len(row.get("speedup", ())) for row in rows), default=0)
+    named = len(others) > most
     titles = [ABOUT[key] for key in varying]
-    titles += ["ms", "spread", *(f"x {other}" for other in others), "MB", "ceiling"]
+    titles += ["ms", "spread", *(["x"] * most if named else (f"x {o}" for o in others)), "MB", "ceiling"]
     lines = []
     for row in rows:
         cells = [_word(row.get(key)) for key in varying]
@@ -60,11 +63,16 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
             cells += ["wrong" if row["wrong"] else "-", *[""] * (len(titles) - len(varying) - 1)]
             continue
         own = row["forms"][row["subject"]]
-        speedups = [row["speedup"].get(other) for other in others]
+        ratios = {other: f"{ratio['median']:.2f}" for other, ratio in row["speedup"].items()}
+        if named:
+            faster = [f"{ratio} {other}" for other, ratio in ratios.items()]
+            faster += ["-"] * (most - len(faster))
+        else:
+            faster = [ratios.get(other, "-") for other in others]
         cells += [
             f"{own['median_ms']:.3g}" if own["median_ms"] < 100 else f"{own['median_ms']:.0f}",
             f"{(own['high_ms'] - own['low_ms']) / own['median_ms']:.0%}",
-            *(f"{ratio['median']:.2f}" if ratio else "-" for ratio in speedups),
+            *faster,
             f"{own['peak_mb']:.1f}",
             f"{own['share']:.0%} {own['bound'][0]}",
         ]
@@ -91,8 +99,10 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption=CAPTION, caption_justify="left"
     )
     for i, title in enumerate(titles):
-        # Names of networks are long: the words of a title stand below each other.
-        table.add_column(title.replace(" ", "\n"), justify="left" if i < words else "right", no_wrap=True)
+        words_of_networks = title == "network" or title.startswith("x")
+        table.add_column(
+            title, justify="left" if i < words else "right", no_wrap=not words_of_networks, overflow="fold"
+        )
     for line in lines:
         table.add_row(*line)
     console.print(table, markup=False)
