@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import Mixer
-from .measure import interleaved, peak_memory
+from .measure import peak_memory
 
 __all__ = ["Group", "Pieces", "groups", "step"]
 
@@ -116,9 +115,7 @@ class Pieces:
         rounds = range(len(samples["none"]))
         return [
             samples["none"][r]
-            + sum(
-                n * max(0.0, samples[str(i)][r] - samples["none"][r]) for i, n in enumerate(self.counts)
-            )
+            + sum(n * max(0.0, samples[str(i)][r] - samples["none"][r]) for i, n in enumerate(self.counts))
             for r in rounds
         ]
 

@@ -45,13 +45,13 @@ def find_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
     while lasted < MATMUL_SECONDS and side < LARGEST_SIDE:
         side *= 2
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        left @ right
+        torch.mm(left, right)
         synchronize(device)
         start = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         synchronize(device)
         lasted = time.perf_counter() - start
-    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(left, right)}
     return Ceilings(calls, 2 * size, 2 * side**3)
 
 
@@ -68,7 +68,8 @@ def _last_cache() -> int:
 def share(moved: int, flops: int, seconds: float, rates: Mapping[str, float]) -> dict[str, float | str]:
     """The least time that bytes and FLOPs could take at the ceilings, over the time taken; what bounds it.
 
-    Exponentials and other work outside of multiply-adds are not counted, so 1 cannot always be reached.
+    Exponentials and other work outside of multiply-adds are not counted, so 1 cannot always be reached. Above
+    1: the data lie in a cache, or the processor has no fast product in this dtype and another was computed.
     """
     least = {"memory": moved / rates["copy"], "compute": flops / rates["matmul"]}
     bound = max(least, key=lambda name: least[name])

@@ -82,7 +82,9 @@ def compare(old: Figures, new: Figures, fail_over: float) -> tuple[list[str], bo
         verdict = [f"{before['median_ms']:.4g} -> {now['median_ms']:.4g} ms", f"{ratio:.2f}x"]
         verdict[-1] += f" ({low:.2f} to {high:.2f})" + (" SLOWER" if slower else "")
         if before["peak_mb"] != now["peak_mb"]:
-            verdict.append(f"{before['peak_mb']:.1f} -> {now['peak_mb']:.1f} MB" + (" MORE" if larger else ""))
+            verdict.append(
+                f"{before['peak_mb']:.1f} -> {now['peak_mb']:.1f} MB" + (" MORE" if larger else "")
+            )
         lines.append(f"{', '.join(about)}: {', '.join(verdict)}")
     for missing, where in ((old.rows.keys() - new.rows, "old"), (new.rows.keys() - old.rows, "new")):
         if missing:

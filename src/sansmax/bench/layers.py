@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from timm.models.vision_transformer import Attention
+from timm.layers.attention import Attention
 
 from .. import layers
 from .._find import names as files

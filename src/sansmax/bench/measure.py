@@ -107,7 +107,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def find_device(name: str) -> str:
-    """"cpu" or "cuda"; "auto" is the GPU where PyTorch sees one."""
+    """ "cpu" or "cuda"; "auto" is the GPU where PyTorch sees one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):

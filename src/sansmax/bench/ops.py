@@ -68,7 +68,7 @@ class Operator:
     ours: Callable[..., Tensor]  # shape, *leaves, backend=
     published: Callable[..., Tensor]  # shape, *leaves
     flops: Callable[[Shape], int]
-    map: Callable[[Shape], int] = lambda s: 0  # entries of the published form's map of token pairs
+    map: Callable[[Shape], int] = lambda _: 0  # entries of the published form's map of token pairs
 
 
 def _qkv(s: Shape, randn: Randn) -> Leaves:
@@ -81,6 +81,10 @@ def _biased(s: Shape, randn: Randn) -> Leaves:
 
 def _of_heads(flops: Callable[..., int]) -> Callable[[Shape], int]:
     return lambda s: flops(s.batch, s.heads, s.tokens, s.tokens, s.dim, s.dim)
+
+
+def _xnorm(s: Shape, qkv: Tensor, gamma: Tensor, **words: str) -> Tensor:
+    return sansmax.xnorm(*s.split(qkv), gamma, **words)
 
 
 OPERATORS = {
@@ -99,8 +103,8 @@ OPERATORS = {
     ),
     "xnorm": Operator(
         lambda s, randn: (*_qkv(s, randn), 1 + 0.1 * randn(s.heads)),
-        lambda s, qkv, gamma, **words: sansmax.xnorm(*s.split(qkv), gamma, **words),
-        lambda s, qkv, gamma: published.published_xnorm(*s.split(qkv), gamma),
+        _xnorm,
+        lambda s, qkv, gamma: published.published_xnorm(*s.split(qkv), gamma=gamma),
         _of_heads(xnorm.flops),
     ),
     "soft": Operator(

@@ -16,7 +16,7 @@ RIVAL = Style(MUTED, MUTED, "", (4, 2))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A line for each operator, layer or network, dashed what it is measured against; a panel for each pass."""
+    """A line for each operator, layer or network, dashed what it is measured against; a panel a pass."""
     rows = [row for row in rows if "forms" in row]
     if not rows:
         raise ValueError("plot: expected at least one row with a speed, got none; look at the notes")

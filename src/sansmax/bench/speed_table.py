@@ -26,8 +26,8 @@ ABOUT = {
     "pass": "pass",
 }
 CAPTION = (
-    "x: times faster than; spread: between the quartiles, of the median; MB: peak beyond inputs and weights; "
-    "ceiling: share of what a copy (m) or a matrix product (c) would take at the least"
+    "x: times faster than (+c: behind torch.compile); spread: between the quartiles, of the median; MB: peak "
+    "beyond inputs and weights; ceiling: share of what a copy (m) or a matrix product (c) would take at least"
 )
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
@@ -54,7 +54,13 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
     most = max((len(row.get("speedup", ())) for row in rows), default=0)
     named = len(others) > most
     titles = [ABOUT[key] for key in varying]
-    titles += ["ms", "spread", *(["x"] * most if named else (f"x {o}" for o in others)), "MB", "ceiling"]
+    titles += [
+        "ms",
+        "spread",
+        *(["x"] * most if named else (f"x {_short(o)}" for o in others)),
+        "MB",
+        "ceiling",
+    ]
     lines = []
     for row in rows:
         cells = [_word(row.get(key)) for key in varying]
@@ -79,6 +85,10 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
     return titles, lines, len(varying)
 
 
+def _short(other: str) -> str:
+    return other.replace("published", "publ.").replace(", compiled", "+c")
+
+
 def _word(value: object) -> str:
     return "own" if value is None else SHORT.get(str(value), str(value))
 
@@ -99,10 +109,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption=CAPTION, caption_justify="left"
     )
     for i, title in enumerate(titles):
-        words_of_networks = title == "network" or title.startswith("x")
-        table.add_column(
-            title, justify="left" if i < words else "right", no_wrap=not words_of_networks, overflow="fold"
-        )
+        # Names of networks are long.
+        long = title in ("network", "x")
+        table.add_column(title, justify="left" if i < words else "right", no_wrap=not long, overflow="fold")
     for line in lines:
         table.add_row(*line)
     console.print(table, markup=False)

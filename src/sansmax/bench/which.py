@@ -17,7 +17,17 @@ from ..models import create_model
 from .blocks import Pieces, groups
 from .measure import free_memory, interleaved, spread
 
-__all__ = ["BASELINE", "PAYS", "Found", "Question", "time_size", "which", "words"]
+__all__ = [
+    "BASELINE",
+    "Found",
+    "Question",
+    "Timing",
+    "is_faster",
+    "mechanisms",
+    "time_size",
+    "which",
+    "words",
+]
 
 BASELINE = "softmax"
 PAYS = 1.05
@@ -40,7 +50,8 @@ class Question:
 
 # {"ms_per_image": {"median", "low", "high"}, "peak_mb", "batch"} or {"skipped": why}
 Found = dict[str, Any]
-Timing = Callable[[Question, int, float], Mapping[str, Found]]
+Before = Mapping[int, Mapping[str, Found]]
+Timing = Callable[[Question, int, float, Before], Mapping[str, Found]]
 
 
 def which(
@@ -61,23 +72,30 @@ def which(
     """
     end = time.perf_counter() + budget
     sizes = sorted(set(sizes))
-    found = {}
+    found: dict[int, Mapping[str, Found]] = {}
     for i, size in enumerate(sizes):
         left = max(0.0, end - time.perf_counter())
         share = size**2 / sum(s**2 for s in sizes[i:])
-        found[size] = (timing or time_size)(question, size, left * share)
+        found[size] = (timing or time_size)(question, size, left * share, found)
         if done is not None:
             done(size, found[size])
     return found
 
 
-def time_size(question: Question, size: int, seconds: float) -> dict[str, Found]:
-    """Every mechanism at one size; softmax first, which tells how many images at a time can be afforded."""
+def time_size(question: Question, size: int, seconds: float, before: Before) -> dict[str, Found]:
+    """Every mechanism at one size; softmax first, which tells how many images at a time can be afforded.
+
+    Args:
+        before: what smaller sizes took; what would not fit into memory is skipped by it.
+    """
     end = time.perf_counter() + seconds
     found: dict[str, Found] = {}
     pieces: dict[str, Pieces] = {}
     batch, counts, options = question.batch, None, {}
     for name in question.mechanisms:
+        if too_large := _too_large(name, size, before, free_memory(question.device) / 1e6):
+            found[name] = {"skipped": too_large}
+            continue
         try:
             network = _build(question, name, size, options)
             if counts is None:
@@ -98,6 +116,20 @@ def time_size(question: Question, size: int, seconds: float) -> dict[str, Found]
     return found
 
 
+def _too_large(name: str, size: int, before: Before, free_mb: float) -> str:
+    """Why not, from the largest size before: memory grows with the tokens, or with the pairs of them."""
+    measured = [s for s, row in before.items() if "peak_mb" in row.get(name, {})]
+    if not measured:
+        return ""
+    # F.scaled_dot_product_attention keeps no map.
+    pairs = name != BASELINE and layers.mechanism(name).traits.cost.startswith("N^2")
+    growth = (size / max(measured)) ** (4 if pairs else 2)
+    expected = before[max(measured)][name]["peak_mb"] * growth
+    if expected <= free_mb:
+        return ""
+    return f"it may need {expected / 1e3:.1f} GB and {free_mb / 1e3:.1f} GB are free"
+
+
 def _build(question: Question, mechanism: str, size: int, options: Mapping[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     network = create_model(question.network, mechanism, img_size=size, **options)
@@ -115,19 +147,14 @@ def _shallow(network: nn.Module) -> tuple[list[int], dict[str, int]]:
 def _affordable(
     question: Question, network: nn.Module, counts: Sequence[int], size: int, seconds: float
 ) -> int:
-    """At most as many images as all mechanisms can be timed with in so many seconds, softmax being typical."""
+    """How many images all mechanisms can be timed with in so many seconds, softmax being typical."""
     batch = question.batch
     if batch == 1:
         return 1
     x = torch.randn(1, 3, size, size).to(question.device, getattr(torch, question.dtype))
     piece = Pieces(network, x, question.train, counts)
-    calls = piece.calls().values()
-    for call in calls:
-        call()
-    start = time.perf_counter()
-    for call in calls:
-        call()
-    took = (time.perf_counter() - start) * CALLS * len(question.mechanisms)
+    samples = interleaved(piece.calls(), seconds=0, rounds=1, warmup=1, device=question.device)
+    took = sum(map(sum, samples.values())) * CALLS * len(question.mechanisms)
     return max(1, min(batch, int(seconds / took)))
 
 
@@ -135,17 +162,16 @@ def _probed(piece: Pieces, batch: int, question: Question, left: float) -> Found
     """The peak memory, measured in a first call of everything; skipped where the others would not fit."""
     if left <= 0:
         return {"skipped": "the time was used up by the others"}
-    start = time.perf_counter()
-    first = piece.call()
-    first()
-    once = time.perf_counter() - start
     try:
+        for call in piece.calls().values():
+            call()  # fills caches
+        start = time.perf_counter()
         memory = piece.memory(question.device)
+        took = time.perf_counter() - start
     except torch.OutOfMemoryError:
         return {"skipped": "it does not fit into memory"}
-    took = time.perf_counter() - start - once
-    if took > left:
-        return {"skipped": f"a single call of its pieces takes {took:.0f} s"}
+    if (ROUNDS + 1) * took > left:
+        return {"skipped": f"its samples would take {(ROUNDS + 1) * took:.0f} s and {left:.0f} s are left"}
     return {"peak_mb": memory / 1e6 * question.batch / batch, "batch": batch}
 
 
@@ -181,22 +207,27 @@ def words(found: Mapping[int, Mapping[str, Found]]) -> list[str]:
     lines = []
     names = dict.fromkeys(name for row in found.values() for name in row if name != BASELINE)
     for name in names:
-        pays = {size: row[name]["faster"]["median"] >= PAYS for size, row in found.items() if _told(row, name)}
+        pays = {size: is_faster(row[name]) for size, row in found.items() if _told(row, name)}
         lines.append(f"{name}: {_begins(pays)}")
     told = {size: row for size, row in found.items() if any(_told(row, name) for name in names)}
     none = [
         size
         for size, row in told.items()
-        if not any(_told(row, name) and row[name]["faster"]["median"] >= PAYS for name in names)
+        if not any(_told(row, name) and is_faster(row[name]) for name in names)
     ]
     if not told:
         lines.append("nothing could be compared with softmax: give a larger --budget or smaller images")
     elif none:
-        largest = " , the largest measured" if max(none) == max(told) else ""
-        lines.append(f"stay with softmax up to {max(none)} px{largest.replace(' ,', ',')}")
+        largest = ", the largest measured" if max(none) == max(told) else ""
+        lines.append(f"stay with softmax up to {max(none)} px{largest}")
     else:
         lines.append(f"softmax is the fastest nowhere from {min(told)} to {max(told)} px")
     return lines
+
+
+def is_faster(row: Found) -> bool:
+    """Than softmax, by more than the method's error and in three rounds of four."""
+    return row["faster"]["median"] >= PAYS and row["faster"]["low"] > 1
 
 
 def _told(row: Mapping[str, Found], name: str) -> bool:

@@ -13,7 +13,7 @@ from .._find import pick
 from ..models._create import trunks
 from ._record import recorder
 from .measure import find_device
-from .which import BASELINE, PAYS, Found, Question, Timing, mechanisms, which, words
+from .which import BASELINE, Found, Question, Timing, is_faster, mechanisms, which, words
 
 __all__ = ["ask"]
 
@@ -34,7 +34,7 @@ def ask(
     """See sansmax.cli.which; `timing` stands for sansmax.bench.which.time_size."""
     if not sizes or min(sizes) < 1 or batch < 1 or not budget > 0:
         raise ValueError(
-            "img_size, batch, budget: expected numbers above 0 and at least one size; leave them out if unsure"
+            "img_size, batch, budget: expected at least one size, and numbers above 0; leave them out"
         )
     device = find_device(device)
     network = pick("trunks", network.partition(".")[0], trunks())
@@ -68,14 +68,16 @@ def _table(question: Question, size: int, found: Mapping[str, Found]) -> Table:
     for title in ("ms per image", "times faster", "peak MB"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
-    order = sorted(found, key=lambda name: (name != BASELINE, -found[name].get("faster", {}).get("median", 0)))
+    order = sorted(
+        found, key=lambda name: (name != BASELINE, -found[name].get("faster", {}).get("median", 0))
+    )
     for name in order:
         row = found[name]
         if "skipped" in row:
             table.add_row(name, "-", "-", "-", row["skipped"])
             continue
         ratio = row["faster"]["median"] if "faster" in row else None
-        pays = "pays" if ratio is not None and name != BASELINE and ratio >= PAYS else ""
+        pays = "pays" if ratio is not None and name != BASELINE and is_faster(row) else ""
         told = "-" if ratio is None else f"{ratio:.2f}"
         table.add_row(name, f"{row['ms_per_image']['median']:.4g}", told, f"{row['peak_mb']:.0f}", pays)
     return table

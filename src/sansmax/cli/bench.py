@@ -10,7 +10,7 @@ from ..bench.speed import Settings
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 Flat = Annotated[Settings, tyro.conf.OmitArgPrefixes]
-FORWARD = Settings(passes=("forward",))
+BOTH, FORWARD = Settings(), Settings(passes=("forward",))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def ops(
     heads: tuple[int, ...] = (6,),
     dim: tuple[int, ...] = (64,),
     backend: tuple[Literal["auto", "fused", "triton", "reference"], ...] = ("auto",),
-    settings: Flat = Settings(),
+    settings: Flat = BOTH,
 ) -> int:
     """Operators against their published form and against F.scaled_dot_product_attention.
 
@@ -72,7 +72,7 @@ def layers(
     batch: tuple[int, ...] = (1,),
     heads: tuple[int, ...] = (6,),
     dim: tuple[int, ...] = (384,),
-    settings: Flat = Settings(),
+    settings: Flat = BOTH,
 ) -> int:
     """Layers, their projections included, against timm's softmax attention of the same width.
 
