@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,13 @@ __all__ = ["PASSES", "TOLERANCES", "Case", "Form", "compiler_refusal", "measured
 
 PASSES = ("forward", "forward+backward", "train")
 # Of outputs and of gradients, relative to the largest entry: (always granted, never granted). In between,
-# MULTIPLE times the yardstick's own error in the same dtype.
+# MULTIPLE times the yardstick's own error in the same dtype. Networks with batch norm reach 0.11 and 0.08 in
+# their gradients when all of them is kept in bfloat16 or float16.
+OPERATOR = {"float32": (5e-6, 1e-3), "float16": (2e-3, 8e-3), "bfloat16": (1.6e-2, 6.4e-2)}
+NETWORK = {"float32": (5e-5, 1e-3), "float16": (8e-3, 3.2e-2), "bfloat16": (6.4e-2, 0.13)}
 TOLERANCES = {
-    "operator": {"float32": (5e-6, 1e-3), "float16": (2e-3, 8e-3), "bfloat16": (1.6e-2, 6.4e-2)},
-    "network": {"float32": (5e-5, 1e-3), "float16": (8e-3, 3.2e-2), "bfloat16": (6.4e-2, 0.256)},
+    "operator": (OPERATOR, OPERATOR),
+    "network": (NETWORK, {"float32": (5e-5, 1e-3), "float16": (0.16, 0.3), "bfloat16": (0.2, 0.4)}),
 }
 MULTIPLE = 4.0
 # Seconds a call: what is slower is not compared with.
@@ -112,27 +115,30 @@ def measured(
                 raise
             words = str(error).strip().splitlines() or [type(error).__name__]
             notes.append(f"{name} was left out: torch.compile says {words[0]}")
-    least, most = TOLERANCES[case.tolerance][case.about["dtype"]]
+    outputs, gradients = (by_dtype[case.about["dtype"]] for by_dtype in TOLERANCES[case.tolerance])
     rows = []
     for name in passes:
-        part = slice(0, 1) if name == "forward" else slice(None)
+
+        def excess(errors: Sequence[float], measure: Sequence[float] = (), name: str = name) -> Excess:
+            judged = [(errors[0], *outputs, *measure[:1])]
+            if name != "forward":
+                judged.append((max(errors[1:]), *gradients, *([max(measure[1:])] if measure else [])))
+            return max(_excess(*one) for one in judged)
+
         yardstick = checks.get(case.yardstick)
-        granted = MULTIPLE * max(yardstick.errors[part]) if yardstick else least
-        budget = max(least, min(most, granted))
-        error = max(checks[subject].errors[part])
-        row = {**case.about, "pass": name, "subject": subject, "error": error, "budget": budget}
-        row |= {"wrong": not error <= budget, "notes": list(notes)}
+        worst = excess(checks[subject].errors, yardstick.errors if yardstick else ())
+        row = {**case.about, "pass": name, "subject": subject, "error": worst.error, "budget": worst.budget}
+        row |= {"wrong": worst.times > 1, "notes": list(notes)}
         rows.append(row)
         if row["wrong"]:
-            row["notes"].append(f"{subject} is wrong: off by {error:.1e}, budget {budget:.1e}")
+            row["notes"].append(f"{subject} is wrong: off by {worst.error:.1e}, budget {worst.budget:.1e}")
             continue
         kept = {subject: forms[subject]}
         for other, check in checks.items():
-            off = max(check.errors[part])
             if other == subject:
                 continue
-            if not off <= most:
-                row["notes"].append(f"{other} was left out: off by {off:.1e} in this dtype")
+            if (off := excess(check.errors, [math.inf] * len(check.errors))).times > 1:
+                row["notes"].append(f"{other} was left out: off by {off.error:.1e} in this dtype")
             elif check.seconds > TOO_SLOW:
                 row["notes"].append(f"{other} was left out: {check.seconds:.0f} s a call")
             else:
@@ -143,6 +149,20 @@ def measured(
     if compiled:
         torch.compiler.reset()  # it recompiles a function so many times only
     return rows
+
+
+class Excess(NamedTuple):
+    """How many times its budget an error is."""
+
+    times: float
+    error: float
+    budget: float
+
+
+def _excess(error: float, least: float, most: float, measure: float = 0.0) -> Excess:
+    budget = max(least, min(most, MULTIPLE * measure))
+    times = error / budget if budget else math.inf
+    return Excess(times if error == error else math.inf, error, budget)
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def _of_heads(flops: Callable[..., int]) -> Callable[[Shape], int]:
     return lambda s: flops(s.batch, s.heads, s.tokens, s.tokens, s.dim, s.dim)
 
 
-def _xnorm(s: Shape, qkv: Tensor, gamma: Tensor, **words: str) -> Tensor:
-    return sansmax.xnorm(*s.split(qkv), gamma, **words)
+def _xnorm(s: Shape, qkv: Tensor, gamma: Tensor, backend: str) -> Tensor:
+    return sansmax.xnorm(*s.split(qkv), gamma, backend=backend)
 
 
 OPERATORS = {
