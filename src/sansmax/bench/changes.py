@@ -81,10 +81,9 @@ def compare(old: Figures, new: Figures, fail_over: float) -> tuple[list[str], bo
         about = [SHORT.get(str(v), str(v)) for k, v in key if v is not None and (k in varying or _named(k))]
         verdict = [f"{before['median_ms']:.4g} -> {now['median_ms']:.4g} ms", f"{ratio:.2f}x"]
         verdict[-1] += f" ({low:.2f} to {high:.2f})" + (" SLOWER" if slower else "")
-        if before["peak_mb"] != now["peak_mb"]:
-            verdict.append(
-                f"{before['peak_mb']:.1f} -> {now['peak_mb']:.1f} MB" + (" MORE" if larger else "")
-            )
+        megabytes = [f"{figures['peak_mb']:.4g}" for figures in (before, now)]
+        if len(set(megabytes)) > 1:
+            verdict.append(f"{' -> '.join(megabytes)} MB" + (" MORE" if larger else ""))
         lines.append(f"{', '.join(about)}: {', '.join(verdict)}")
     for missing, where in ((old.rows.keys() - new.rows, "old"), (new.rows.keys() - old.rows, "new")):
         if missing:
@@ -93,4 +92,4 @@ def compare(old: Figures, new: Figures, fail_over: float) -> tuple[list[str], bo
 
 
 def _named(key: str) -> bool:
-    return key in ("op", "layer", "network", "pass")
+    return key in ("op", "layer", "network", "tokens", "img_size", "pass")

@@ -161,7 +161,7 @@ def _affordable(
 def _probed(piece: Pieces, batch: int, question: Question, left: float) -> Found:
     """The peak memory, measured in a first call of everything; skipped where the others would not fit."""
     if left <= 0:
-        return {"skipped": "the time was used up by the others"}
+        return {"skipped": "the time is used up; a larger --budget has more"}
     try:
         for call in piece.calls().values():
             call()  # fills caches
