@@ -25,7 +25,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.2 * len(passes), 4.4), dpi=140)
     for i, name in enumerate(passes):
         width = 1 / len(passes)
-        axes = plain(figure.add_axes((i * width + 0.11 * width, 0.13, 0.58 * width, 0.77)))
+        axes = plain(figure.add_axes((i * width + 0.11 * width, 0.13, 0.66 * width, 0.77)))
         lines = _lines([row for row in rows if row["pass"] == name], axis)
         looks = styles(line for line, rival in lines if not rival)
         looks |= {line: RIVAL for line, rival in lines if rival}

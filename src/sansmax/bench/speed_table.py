@@ -109,12 +109,15 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption=CAPTION, caption_justify="left"
     )
     for i, title in enumerate(titles):
-        # Names of networks are long.
-        long = title in ("network", "x")
-        table.add_column(title, justify="left" if i < words else "right", no_wrap=not long, overflow="fold")
+        if title in ("network", "x"):  # names of networks are long
+            table.add_column(title, justify="left" if i < words else "right", overflow="fold")
+        else:
+            widest = max(len(title), *(len(line[i]) for line in lines))
+            table.add_column(title, justify="left" if i < words else "right", min_width=widest, no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    console.print(table, markup=False)
+    # A number is never cut off: on a narrow terminal the lines run over.
+    console.print(table, markup=False, width=max(console.width, console.measure(table).minimum), crop=False)
     for note in _notes(rows):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
