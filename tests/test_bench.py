@@ -1,16 +1,13 @@
-"""Measuring: order, exact memory, where a figure comes from; limits of the sweep; comparing operators."""
+"""Measuring: order, exact memory, where a figure comes from; limits of the sweep."""
 
-import itertools
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from sansmax.bench import measure, ops, sweep
-from sansmax.bench import models as bench_models
+from sansmax.bench import measure, sweep
 
 
 class Clock:
@@ -185,74 +182,3 @@ def test_crossover_is_interpolated_in_the_logarithms():
     assert 1024 < sweep.crossover(lucky, softmax) < 4096
     # Only common counts are compared.
     assert sweep.crossover(line([100, 9999], lambda n: 1e-9 * n), softmax) is None
-
-
-@pytest.mark.parametrize("op", ops.CASES)
-def test_operators_agree_with_their_published_form_before_they_are_timed(op):
-    rows = ops.compare(op, 15, seconds=0.0)
-    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
-    for row in rows:
-        assert row["error"] <= row["budget"] < 1e-3
-        for form in ("fused", "published", "sdpa"):
-            assert 0 < row[form]["low_ms"] <= row[form]["median_ms"] <= row[form]["high_ms"]
-            assert row[form]["peak_mb"] > 0
-        assert row["speedup_sdpa"] == row["sdpa"]["median_ms"] / row["fused"]["median_ms"]
-
-
-def test_a_wrong_result_has_no_speed(monkeypatch, tmp_path, capsys):
-    right = ops.CASES["sima"]
-    wrong_output = ops.Case(right.leaves, lambda x: right.fused(x) * 1.001, right.published)
-    # The output is right, the gradient is not.
-    wrong_gradient = ops.Case(right.leaves, lambda x: right.fused(x.detach() + 0 * x), right.published)
-    cases = {"output": wrong_output, "gradient": wrong_gradient}
-    rows = ops.compare("output", 7, seconds=0.0, cases=cases) + ops.compare(
-        "gradient", 7, seconds=0.0, cases=cases
-    )
-    assert ["fused" in row for row in rows] == [False, False, True, False]
-    assert "fused is wrong: off by" in rows[0]["note"]
-    monkeypatch.setattr(ops, "CASES", cases)
-    out = tmp_path / "new" / "ops.json"
-    assert ops.main(out, ops=("output",), tokens=(7,), seconds=0.0) == 1
-    assert "fused is wrong" in capsys.readouterr().out
-
-
-def test_a_slow_published_form_is_left_out(monkeypatch):
-    monkeypatch.setattr(ops, "TOO_SLOW", 0.0)
-    for row in ops.compare("sima", 7, seconds=0.0):
-        assert "published" not in row
-        assert "speedup_published" not in row
-        assert row["speedup_sdpa"] > 0
-        assert "left out" in row["note"]
-
-
-def test_operator_figures_are_saved_with_their_origin(tmp_path, capsys):
-    out = tmp_path / "ops.json"
-    assert ops.main(out, ops=("sima", "aft_simple"), tokens=(7, 11), seconds=0.0) == 0
-    saved = json.loads(out.read_text())
-    cells = [(row["tokens"], row["op"]) for row in saved["rows"]]
-    assert cells == [(n, op) for n, op, _ in itertools.product((7, 11), ("sima", "aft_simple"), range(2))]
-    assert saved["machine"]["cpu"]
-    assert saved["versions"]["torch"]
-    assert set(saved) >= {"commit", "command", "started", "seconds", "settings", "sansmax"}
-    assert "aft_simple" in capsys.readouterr().out
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["ops.json"]
-
-
-def test_networks_are_timed_beside_timms(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "new" / "networks.json"
-    words = {"networks": ("sima_nano_12_p16",), "baselines": ("deit_tiny_patch16_224",), "sizes": (32,)}
-    assert bench_models.main(out, **words, seconds=0.0) == 0
-    ours, theirs = json.loads(out.read_text())["rows"]
-    assert ours["network"] == "sima_nano_12_p16"
-    assert ours["error"] < 5e-5
-    assert ours["samples"] == theirs["samples"] >= 5
-    ratio = ours["speedup_deit_tiny_patch16_224"]
-    assert ratio["low"] <= ratio["median"] <= ratio["high"]
-    assert theirs["speedup_deit_tiny_patch16_224"]["median"] == 1
-    assert "deit_tiny" in capsys.readouterr().out
-    # No speed is given for a wrong result.
-    monkeypatch.setattr(bench_models, "ERROR", 0.0)
-    assert bench_models.main(out, **words, seconds=0.0) == 1
-    assert not any("median_ms" in row for row in json.loads(out.read_text())["rows"])
-    with pytest.raises(ValueError, match="unknown name 'sima_nano' in networks"):
-        bench_models.main(out, networks=("sima_nano",))

@@ -23,11 +23,13 @@ from .. import layers
 __all__ = [
     "commit",
     "count_flops",
+    "find_device",
     "free_memory",
     "interleaved",
     "machine",
     "peak_memory",
     "spread",
+    "synchronize",
     "versions",
 ]
 
@@ -90,17 +92,30 @@ def interleaved(
 
 
 def _seconds_per_call(fn: Callable[[], object], repeats: int, device: str | torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         fn()
-    _synchronize(device)
+    synchronize(device)
     return max(time.perf_counter() - start, 1e-9) / repeats
 
 
-def _synchronize(device: str | torch.device) -> None:
+def synchronize(device: str | torch.device) -> None:
+    """Waits until a CUDA device is idle."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def find_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" is the GPU where PyTorch sees one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device: expected auto, cpu or, where PyTorch sees a GPU, cuda, got {name!r}; leave it out to "
+            f"take what is there, or choose among GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    return name
 
 
 def spread(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:

@@ -1,12 +1,9 @@
-"""python -m sansmax.bench.models --out FILE.json: forward time of whole networks beside timm's, in one run.
+"""Whole networks against timm's own, in evaluation or in training."""
 
-Float32, batch 1, evaluation; the networks of a size are timed in turn. Before that, the logits are compared
-with those of the same network in float64; where they are off by more than ERROR, no speed is given.
-"""
-
-import copy
-import sys
-from pathlib import Path
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import timm
@@ -15,10 +12,11 @@ from torch import nn
 
 from .. import models
 from .._find import pick
-from ._record import recorder
-from .measure import count_flops, interleaved, peak_memory, spread
+from ..models._create import trunks
+from .cases import Case, Form, module_form
+from .measure import count_flops
 
-__all__ = ["main"]
+__all__ = ["NETWORKS", "network_cases", "twin"]
 
 NETWORKS = (
     "sima_small_12_p16",
@@ -27,117 +25,77 @@ NETWORKS = (
     "eamlp_14",
     "aft_conv_small_p16_k11_h384",
 )
-BASELINES = ("deit_small_patch16_224", "xcit_small_12_p16_224")
-# Relative to the largest logit.
-ERROR = 5e-5
+PLAIN = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 
 
-def main(
-    out: Path,
-    networks: tuple[str, ...] = NETWORKS,
-    baselines: tuple[str, ...] = BASELINES,
-    sizes: tuple[int, ...] = (224, 384, 512),
-    seconds: float = 60.0,
-    device: str = "cpu",
-) -> int:
-    """Times networks beside timm's.
+def network_cases(
+    names: Sequence[str],
+    *,
+    mechanism: Sequence[str],
+    against: Sequence[str],
+    img_size: Sequence[int],
+    batch: Sequence[int],
+    dtype: Sequence[str],
+    device: str,
+) -> Iterator[Case]:
+    """Every network at every combination of the others, the smallest first.
 
-    Args:
-        out: the JSON file to write.
-        networks: names of timm or sansmax.
-        baselines: what the ratios are formed with.
-        sizes: of square images, in pixels.
-        seconds: time for one size; five samples of each network at least.
-        device: "cpu" or "cuda".
+    Forms: "sansmax" and each network of timm in `against`, by default `twin`.
     """
-    from rich.console import Console
-
-    known = dict.fromkeys([*models.networks(), *timm.list_models()])
-    networks, baselines = (
-        tuple(pick("networks", n, known) for n in names) for names in (networks, baselines)
-    )
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    save = recorder(out, "sansmax.bench.models", rows, batch=1, dtype="float32", device=device)
-    for size in sizes:
-        console.print(f"{size} px", style="dim")
-        rows += _size(size, (*networks, *baselines), baselines, seconds, device)
-        save()
-    console.print(_table(rows, baselines))
-    return int(any("median_ms" not in row for row in rows))
+    known = dict.fromkeys([*trunks(), *timm.list_models()])
+    chosen = [_images(pick("networks", name, known)) for name in names or NETWORKS]
+    others = [pick("timm's networks", name, timm.list_models()) for name in against]
+    kinds = list(mechanism) or [None]
+    for kind, b, size, name, mixer in itertools.product(dtype, batch, sorted(img_size), chosen, kinds):
+        about = {"network": name, "mechanism": mixer, "img_size": size, "batch": b, "dtype": kind}
+        rivals = others or [twin(name)]
+        forms = functools.partial(_forms, name, mixer, rivals, size, b, getattr(torch, kind), device)
+        yield Case(about | {"device": device}, forms, yardstick=rivals[0])
 
 
-def _size(
-    size: int, names: tuple[str, ...], baselines: tuple[str, ...], seconds: float, device: str
-) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    x = torch.randn(1, 3, size, size, device=device)
-    built = {name: timm.create_model(name, img_size=size).eval().to(device) for name in names}
-    rows = {
-        name: {
-            "network": name,
-            "size": size,
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "gmacs": round(count_flops(network, x) / 2e9, 3),
-            "error": _error(network, x),
-        }
-        for name, network in built.items()
+def _images(name: str) -> str:
+    if name in models.networks() and timm.get_pretrained_cfg(name).input_size is None:  # pyright: ignore[reportOptionalMemberAccess]
+        raise ValueError(f"networks: expected one that takes images, got {name}; use soft_tiny for example")
+    return name
+
+
+def twin(name: str) -> str:
+    """The network of timm beside which a network stands: itself, its XCiT, or the DeiT nearest in parameters.
+
+    Nearest is meant in the logarithm.
+    """
+    family, _, size = name.partition("_")
+    if name not in models.networks():
+        return name if timm.is_model(name) else PLAIN[1]
+    if family == "sima" and timm.is_model(f"xcit_{size}_224"):
+        return f"xcit_{size}_224"
+    with torch.device("meta"):
+        sizes = {n: math.log(_parameters(timm.create_model(n))) for n in (name, *PLAIN)}
+    return min(PLAIN, key=lambda n: abs(sizes[n] - sizes[name]))
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _forms(
+    name: str,
+    mechanism: str | None,
+    against: Sequence[str],
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, Form]:
+    def built(make: Any, *words: Any) -> Form:
+        torch.manual_seed(0)
+        network = make(*words, img_size=size).to(device)
+        flops = count_flops(network, torch.zeros(1, 3, size, size, device=device))
+        x = torch.randn(batch, 3, size, size).to(device, dtype)
+        return module_form(network.to(dtype), x, batch * flops)
+
+    own = name in models.networks() or mechanism is not None or not timm.is_model(name)
+    first = built(models.create_model, name, mechanism) if own else built(timm.create_model, name)
+    return {"sansmax" if own else name: first} | {
+        other: built(timm.create_model, other) for other in against if own or other != name
     }
-    right = [name for name in names if rows[name]["error"] <= ERROR]
-    if not right:
-        return list(rows.values())
-    calls = {name: torch.inference_mode()(lambda network=built[name]: network(x)) for name in right}
-    samples = interleaved(calls, seconds=seconds, device=device)
-    for name in right:
-        row, times = rows[name], spread(samples[name], 1e3)
-        row |= {f"{key}_ms": value for key, value in times.items()}
-        row |= {"samples": len(samples[name]), "peak_mb": peak_memory(calls[name], device) / 1e6}
-    for name in right:
-        for baseline in baselines:
-            if baseline in right:
-                # Of every round, so that the load of the machine cancels.
-                ratios = [a / b for a, b in zip(samples[baseline], samples[name], strict=True)]
-                rows[name][f"speedup_{baseline}"] = spread(ratios)
-    return list(rows.values())
-
-
-@torch.inference_mode()
-def _error(network: nn.Module, x: torch.Tensor) -> float:
-    want = copy.deepcopy(network).double()(x.double())
-    return ((network(x).double() - want).abs().max() / want.abs().max()).item()
-
-
-def _table(rows: list[dict[str, Any]], baselines: tuple[str, ...]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        caption="x: times faster, median of the rounds; quartiles are in the file",
-        caption_justify="left",
-    )
-    for title in ("px", "network"):
-        table.add_column(title, no_wrap=True)
-    for title in ("GMACs", "ms", "MB", *(f"x {b.partition('_p')[0]}" for b in baselines)):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [str(row["size"]), row["network"], f"{row['gmacs']:.2f}"]
-        if "median_ms" not in row:
-            table.add_row(*cells, "wrong")
-            continue
-        ratios = [row.get(f"speedup_{baseline}") for baseline in baselines]
-        table.add_row(
-            *cells,
-            f"{row['median_ms']:.1f}",
-            f"{row['peak_mb']:.0f}",
-            *(f"{ratio['median']:.2f}" if ratio else "-" for ratio in ratios),
-        )
-    return table
-
-
-if __name__ == "__main__":
-    import tyro
-
-    sys.exit(tyro.cli(main))

@@ -1,17 +1,10 @@
-"""python -m sansmax.bench.ops --out FILE.json: every operator against its published form and against SDPA.
+"""Every operator against its published form and against F.scaled_dot_product_attention."""
 
-B = 1, 6 heads of 64 (384 channels), float32; forward, and forward with backward. The forms of an operator are
-timed in turn within one run. Before that, outputs and gradients are compared with the published form in
-float64; where `fused` is off by more than its budget, no speed is given.
-"""
-
+import functools
+import itertools
 import math
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,282 +12,205 @@ from torch import Tensor
 
 import sansmax
 
+from .._find import pick
+from ..ops import external, sima, soft, softmax, xnorm
+from ..ops.aft import conv, full, local, simple
 from . import _published as published
-from ._record import recorder
-from .measure import interleaved, peak_memory, spread
+from .cases import Case, Form
 
-__all__ = ["CASES", "Case", "compare", "main"]
+__all__ = ["OPERATORS", "Operator", "Shape", "operator_cases"]
 
-HEADS, DIM = 6, 64
-CHANNELS = HEADS * DIM
 LANDMARKS, MEMORY, WINDOW, KERNEL = 49, 64, 32, 11
-# Relative to the largest entry: a floor, or a multiple of the published form's own error in float32.
-FLOOR, MULTIPLE = 5e-6, 4.0
-TOO_SLOW = 10.0
+# Of one entry of a map of token pairs in float64, with what the backward pass keeps beside it.
+MAP_BYTES = 48
 
 Leaves = tuple[Tensor, ...]
-Form = Callable[..., Tensor]
+Randn = Callable[..., Tensor]
 
 
-def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H D) -> q, k, v (B, H, N, D), strided views as a layer makes them."""
-    q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+@dataclass(frozen=True)
+class Shape:
+    """Of the inputs: heads (B, H, N, D), channels (B, N, H D)."""
+
+    batch: int
+    tokens: int
+    heads: int
+    dim: int
+
+    @property
+    def channels(self) -> int:
+        """C, the width of all heads."""
+        return self.heads * self.dim
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3 H D) -> q, k, v (B, H, N, D), strided views as a layer makes them."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def grid(self) -> tuple[int, int]:
+        """The most nearly square grid of so many tokens."""
+        n = self.tokens
+        rows = max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
+        return rows, n // rows
 
 
-def channels(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _channels(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 C) -> q, k, v (B, T, C), views."""
     q, k, v = qkv.chunk(3, -1)
     return q, k, v
 
 
-def grid(tokens: int) -> tuple[int, int]:
-    """The most nearly square grid."""
-    rows = max(r for r in range(1, math.isqrt(tokens) + 1) if tokens % r == 0)
-    return rows, tokens // rows
-
-
 @dataclass(frozen=True)
-class Case:
-    """One operator: the tensors that its gradients go to, and its two forms as functions of them."""
+class Operator:
+    """The tensors that its gradients go to, its two forms as functions of the shape and of them, its cost."""
 
-    leaves: Callable[[int, Callable[..., Tensor]], Leaves]  # tokens, randn
-    fused: Form
-    published: Form
-
-
-def _qkv(tokens: int, randn: Callable[..., Tensor]) -> Leaves:
-    return (randn(1, tokens, 3 * CHANNELS),)
+    leaves: Callable[[Shape, Randn], Leaves]
+    ours: Callable[..., Tensor]  # shape, *leaves, backend=
+    published: Callable[..., Tensor]  # shape, *leaves
+    flops: Callable[[Shape], int]
+    map: Callable[[Shape], int] = lambda _: 0  # entries of the published form's map of token pairs
 
 
-CASES = {
-    "softmax": Case(
+def _qkv(s: Shape, randn: Randn) -> Leaves:
+    return (randn(s.batch, s.tokens, 3 * s.channels),)
+
+
+def _biased(s: Shape, randn: Randn) -> Leaves:
+    return *_qkv(s, randn), randn(s.tokens, s.tokens)
+
+
+def _of_heads(flops: Callable[..., int]) -> Callable[[Shape], int]:
+    return lambda s: flops(s.batch, s.heads, s.tokens, s.tokens, s.dim, s.dim)
+
+
+def _xnorm(s: Shape, qkv: Tensor, gamma: Tensor, backend: str) -> Tensor:
+    return sansmax.xnorm(*s.split(qkv), gamma, backend=backend)
+
+
+OPERATORS = {
+    "softmax": Operator(
         _qkv,
-        lambda qkv: sansmax.softmax(*heads(qkv), backend="fused"),
-        lambda qkv: published.published_softmax(*heads(qkv)),
+        lambda s, qkv, **words: sansmax.softmax(*s.split(qkv), **words),
+        lambda s, qkv: published.published_softmax(*s.split(qkv)),
+        _of_heads(softmax.flops),
+        lambda s: s.batch * s.heads * s.tokens**2,
     ),
-    "sima": Case(
+    "sima": Operator(
         _qkv,
-        lambda qkv: sansmax.sima(*heads(qkv), backend="fused"),
-        lambda qkv: published.published_sima(*heads(qkv)),
+        lambda s, qkv, **words: sansmax.sima(*s.split(qkv), **words),
+        lambda s, qkv: published.published_sima(*s.split(qkv)),
+        _of_heads(sima.flops),
     ),
-    "xnorm": Case(
-        lambda n, randn: (*_qkv(n, randn), 1 + 0.1 * randn(HEADS)),
-        lambda qkv, gamma: sansmax.xnorm(*heads(qkv), gamma, backend="fused"),
-        lambda qkv, gamma: published.published_xnorm(*heads(qkv), gamma),
+    "xnorm": Operator(
+        lambda s, randn: (*_qkv(s, randn), 1 + 0.1 * randn(s.heads)),
+        _xnorm,
+        lambda s, qkv, gamma: published.published_xnorm(*s.split(qkv), gamma=gamma),
+        _of_heads(xnorm.flops),
     ),
-    "soft": Case(
-        lambda n, randn: (
-            randn(1, HEADS, n, DIM) * DIM**-0.25,
-            randn(1, HEADS, n, DIM),
-            F.gelu(randn(1, HEADS, LANDMARKS, DIM)),
+    "soft": Operator(
+        lambda s, randn: (
+            randn(s.batch, s.heads, s.tokens, s.dim) * s.dim**-0.25,
+            randn(s.batch, s.heads, s.tokens, s.dim),
+            F.gelu(randn(s.batch, s.heads, LANDMARKS, s.dim)),
         ),
-        lambda q, v, landmarks: sansmax.soft(q, v, landmarks, backend="fused"),
-        published.published_soft,
+        lambda s, q, v, landmarks, **words: sansmax.soft(q, v, landmarks, **words),
+        lambda s, q, v, landmarks: published.published_soft(q, v, landmarks),
+        lambda s: soft.flops(s.batch, s.heads, s.tokens, s.dim, s.dim, LANDMARKS),
     ),
-    "external": Case(
-        lambda n, randn: (
-            randn(1, n, CHANNELS),
-            randn(MEMORY, CHANNELS) * (2 / CHANNELS) ** 0.5,
-            randn(MEMORY, CHANNELS) * (2 / CHANNELS) ** 0.5,
+    "external": Operator(
+        lambda s, randn: (
+            randn(s.batch, s.tokens, s.channels),
+            randn(MEMORY, s.channels) * (2 / s.channels) ** 0.5,
+            randn(MEMORY, s.channels) * (2 / s.channels) ** 0.5,
         ),
-        lambda x, memory_k, memory_v: sansmax.external(x, memory_k, memory_v, backend="fused"),
-        published.published_external,
+        lambda s, x, memory_k, memory_v, **words: sansmax.external(x, memory_k, memory_v, **words),
+        lambda s, x, memory_k, memory_v: published.published_external(x, memory_k, memory_v),
+        lambda s: external.flops(s.batch, 1, s.tokens, s.channels, s.channels, MEMORY),
     ),
-    "aft_full": Case(
-        lambda n, randn: (*_qkv(n, randn), randn(n, n)),
-        lambda qkv, w: sansmax.aft_full(*channels(qkv), w, backend="fused"),
-        lambda qkv, w: published.published_aft_full(*channels(qkv), w),
+    "aft_full": Operator(
+        _biased,
+        lambda s, qkv, w, **words: sansmax.aft_full(*_channels(qkv), w, **words),
+        lambda s, qkv, w: published.published_aft_full(*_channels(qkv), w),
+        lambda s: full.flops(s.batch, s.tokens, s.channels),
+        lambda s: s.tokens**2,
     ),
-    "aft_local": Case(
-        lambda n, randn: (*_qkv(n, randn), randn(n, n)),
-        lambda qkv, w: sansmax.aft_local(*channels(qkv), w, WINDOW, backend="fused"),
-        lambda qkv, w: published.published_aft_local(*channels(qkv), w, WINDOW),
+    "aft_local": Operator(
+        _biased,
+        lambda s, qkv, w, **words: sansmax.aft_local(*_channels(qkv), w, WINDOW, **words),
+        lambda s, qkv, w: published.published_aft_local(*_channels(qkv), w, WINDOW),
+        lambda s: local.flops(s.batch, s.tokens, s.channels, WINDOW),
+        lambda s: s.tokens**2,
     ),
-    "aft_simple": Case(
+    "aft_simple": Operator(
         _qkv,
-        lambda qkv: sansmax.aft_simple(*channels(qkv), backend="fused"),
-        lambda qkv: published.published_aft_simple(*channels(qkv)),
+        lambda s, qkv, **words: sansmax.aft_simple(*_channels(qkv), **words),
+        lambda s, qkv: published.published_aft_simple(*_channels(qkv)),
+        lambda s: simple.flops(s.batch, s.tokens, s.channels),
     ),
-    "aft_conv": Case(
-        lambda n, randn: (
-            randn(1, n, CHANNELS),
-            randn(1, n, HEADS),
-            randn(1, n, CHANNELS),
-            randn(HEADS, KERNEL, KERNEL),
+    "aft_conv": Operator(
+        lambda s, randn: (
+            randn(s.batch, s.tokens, s.channels),
+            randn(s.batch, s.tokens, s.heads),
+            randn(s.batch, s.tokens, s.channels),
+            randn(s.heads, KERNEL, KERNEL),
         ),
-        lambda q, k, v, w: sansmax.aft_conv(q, k, v, w, grid=grid(q.shape[1]), backend="fused"),
-        lambda q, k, v, w: published.published_aft_conv(q, k, v, w, grid(q.shape[1])),
+        lambda s, q, k, v, w, **words: sansmax.aft_conv(q, k, v, w, grid=s.grid(), **words),
+        lambda s, q, k, v, w: published.published_aft_conv(q, k, v, w, s.grid()),
+        lambda s: conv.flops(s.batch, s.tokens, s.channels, s.heads, KERNEL**2),
     ),
 }
 
 
-def compare(
-    op: str, tokens: int, *, seconds: float = 1.0, device: str = "cpu", cases: dict[str, Case] | None = None
-) -> list[dict[str, Any]]:
-    """Two rows, "forward" and "forward+backward", of one operator at one number of tokens.
+def operator_cases(
+    names: Sequence[str],
+    *,
+    tokens: Sequence[int],
+    batch: Sequence[int],
+    heads: Sequence[int],
+    dim: Sequence[int],
+    backend: Sequence[str],
+    dtype: Sequence[str],
+    device: str,
+) -> Iterator[Case]:
+    """Every operator at every combination of the others, the smallest first.
 
-    Each holds the error, its budget and, for "fused", "published" and "sdpa", {"median_ms", "low_ms",
-    "high_ms", "samples", "peak_mb"}; "speedup_published" and "speedup_sdpa" are ratios of medians. Speeds of
-    a wrong result and of a published form that takes longer than 10 s are missing, and "note" says why.
+    Forms: "sansmax", "published" and "sdpa", F.scaled_dot_product_attention on q, k and v of the same shape.
     """
-    case = (CASES if cases is None else cases)[op]
-    generator = torch.Generator().manual_seed(tokens)
+    chosen = [pick("operators", name, OPERATORS) for name in names or OPERATORS]
+    for kind, h, d, b, n, served, name in itertools.product(
+        dtype, heads, dim, batch, sorted(tokens), backend, chosen
+    ):
+        shape = Shape(b, n, h, d)
+        about = {"op": name, "tokens": n, "batch": b, "heads": h, "dim": d}
+        yield Case(
+            about | {"backend": served, "dtype": kind, "device": device},
+            functools.partial(_forms, OPERATORS[name], shape, served, getattr(torch, kind), device),
+            yardstick="published",
+            tolerance="operator",
+        )
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    exact = tuple(t.to(device).requires_grad_() for t in case.leaves(tokens, randn))
-    leaves = tuple(t.detach().float().requires_grad_() for t in exact)
-    qkv = _qkv(tokens, randn)[0].float().to(device).requires_grad_()
-    with torch.no_grad():
-        weight = randn(*case.published(*exact).shape).to(device)  # what the gradients are gradients of
-    forms = {
-        "fused": (case.fused, leaves),
-        "published": (case.published, leaves),
-        "sdpa": (lambda x: F.scaled_dot_product_attention(*heads(x)), (qkv,)),
+def _forms(op: Operator, shape: Shape, backend: str, dtype: torch.dtype, device: str) -> dict[str, Form]:
+    generator = torch.Generator().manual_seed(shape.tokens)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    leaves, qkv = (
+        tuple(t.to(device, dtype).requires_grad_() for t in make(shape, randn)) for make in (op.leaves, _qkv)
+    )
+    known, flops, scratch = functools.partial(op.published, shape), op.flops(shape), MAP_BYTES * op.map(shape)
+    softmax = OPERATORS["softmax"]
+    return {
+        "sansmax": Form(
+            functools.partial(op.ours, shape, backend=backend), leaves, known, flops, scratch=scratch
+        ),
+        "published": Form(known, leaves, known, flops, scratch=scratch),
+        "sdpa": Form(
+            lambda x: F.scaled_dot_product_attention(*shape.split(x)),
+            qkv,
+            functools.partial(softmax.published, shape),
+            softmax.flops(shape),
+            scratch=MAP_BYTES * softmax.map(shape),
+        ),
     }
-    truth = _results(case.published, exact, weight)
-    start = time.perf_counter()
-    error = _error(_results(case.published, leaves, weight.float()), truth)
-    slow = time.perf_counter() - start
-    rows = []
-    got = _error(_results(case.fused, leaves, weight.float()), truth)
-    for name, part in (("forward", slice(0, 1)), ("forward+backward", slice(None))):
-        budget = max(FLOOR, MULTIPLE * max(error[part]))
-        row = {"op": op, "tokens": tokens, "pass": name, "error": max(got[part]), "budget": budget}
-        row["published_error"] = max(error[part])
-        rows.append(row)
-        if not row["error"] <= budget:
-            row["note"] = f"fused is wrong: off by {row['error']:.1e}, budget {budget:.1e}"
-            continue
-        timed = dict(forms)
-        if slow > TOO_SLOW:
-            del timed["published"]
-            row["note"] = f"the published form was left out: {slow:.0f} s a call"
-        row |= _timed(timed, backward=name != "forward", seconds=seconds, device=device)
-        for other in ("published", "sdpa"):
-            if other in row:
-                row[f"speedup_{other}"] = row[other]["median_ms"] / row["fused"]["median_ms"]
-    return rows
-
-
-def _results(form: Form, leaves: Leaves, weight: Tensor) -> Leaves:
-    """The output and the gradients of its product with `weight`."""
-    out = form(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, weight.expand_as(out))
-
-
-def _error(got: Leaves, truth: Leaves) -> list[float]:
-    """The largest difference of each result over the largest true entry; inf where one is not finite."""
-    return [
-        (g.double() - t).abs().max().item() / (t.abs().max().item() or 1.0)
-        if g.isfinite().all()
-        else math.inf
-        for g, t in zip(got, truth, strict=True)
-    ]
-
-
-def _timed(
-    forms: dict[str, tuple[Form, Leaves]], *, backward: bool, seconds: float, device: str
-) -> dict[str, Any]:
-    calls = {name: _call(form, leaves, backward) for name, (form, leaves) in forms.items()}
-    samples = interleaved(calls, seconds=seconds, device=device)
-    found = {}
-    for name, call in calls.items():
-        milliseconds = {f"{key}_ms": value for key, value in spread(samples[name], 1e3).items()}
-        found[name] = {
-            **milliseconds,
-            "samples": len(samples[name]),
-            "peak_mb": peak_memory(call, device) / 1e6,
-        }
-    return found
-
-
-def _call(form: Form, leaves: Leaves, backward: bool) -> Callable[[], object]:
-    if not backward:
-        return torch.no_grad()(lambda: form(*leaves))
-    weight = torch.ones_like(form(*leaves))
-    return lambda: torch.autograd.grad(form(*leaves), leaves, weight)
-
-
-def main(
-    out: Path,
-    ops: tuple[str, ...] = tuple(CASES),
-    tokens: tuple[int, ...] = (196, 1024, 4096),
-    seconds: float = 1.0,
-    device: str = "cpu",
-) -> int:
-    """Times every operator against its published form and against F.scaled_dot_product_attention.
-
-    Args:
-        out: the JSON file to write.
-        ops: which operators.
-        tokens: at which numbers of tokens.
-        seconds: time for one operator, number of tokens and pass; five samples of each form at least.
-        device: "cpu" or "cuda".
-    """
-    from rich.console import Console
-
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    save = recorder(
-        out,
-        "sansmax.bench.ops",
-        rows,
-        batch=1,
-        heads=HEADS,
-        dim=DIM,
-        channels=CHANNELS,
-        dtype="float32",
-        landmarks=LANDMARKS,
-        memory=MEMORY,
-        window=WINDOW,
-        kernel=KERNEL,
-        device=device,
-    )
-    for n in tokens:
-        for op in ops:
-            console.print(f"{op}, {n} tokens", style="dim")
-            rows += compare(op, n, seconds=seconds, device=device)
-            save()
-    console.print(_table(rows))
-    for row in rows:
-        if "note" in row:
-            console.print(f"{row['op']}, {row['tokens']} tokens, {row['pass']}: {row['note']}")
-    return int(any("fused" not in row for row in rows))
-
-
-def _table(rows: list[dict[str, Any]]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    caption = (
-        "x: times faster than the published form and than SDPA; spread: between the quartiles, of the median"
-    )
-    table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption=caption, caption_justify="left"
-    )
-    for title in ("tokens", "operator", "pass"):
-        table.add_column(title, no_wrap=True)
-    for title in ("fused ms", "spread", "x publ.", "x SDPA", "MB", "publ. MB", "SDPA MB"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        cells = [str(row["tokens"]), row["op"], "fwd" if row["pass"] == "forward" else "fwd+bwd"]
-        if "fused" not in row:
-            table.add_row(*cells, "wrong")
-            continue
-        fused = row["fused"]
-        spread = f"{(fused['high_ms'] - fused['low_ms']) / fused['median_ms']:.0%}"
-        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("speedup_published", "speedup_sdpa")]
-        memory = [
-            f"{row[form]['peak_mb']:.1f}" if form in row else "-" for form in ("fused", "published", "sdpa")
-        ]
-        table.add_row(*cells, f"{fused['median_ms']:.2f}", spread, *ratios, *memory)
-    return table
-
-
-if __name__ == "__main__":
-    import tyro
-
-    sys.exit(tyro.cli(main))
