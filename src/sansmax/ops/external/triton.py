@@ -19,9 +19,11 @@ from .. import _triton as shared
 from .._triton import dot, inverse_power, kept, power, tokens_of
 
 # Channels of a product's step.
-STEP = 64
-# Memory rows times channels of the gradient that a program holds.
-HELD = 16384
+STEP = 32
+# Memory rows times channels of the gradient that a program holds, and times tokens of a block: what registers
+# take without spilling on compute capability 9.0. Products in float32 take twice the registers.
+HELD = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
+LOGITS = 4096
 # Entries beyond count as it, so that logits of 8192 channels stay above LOWEST, the logit of a masked token.
 LIMIT = tl.constexpr(2.0**56)
 LOWEST = tl.constexpr(-1e38)
@@ -29,7 +31,7 @@ LOWEST = tl.constexpr(-1e38)
 
 def block(rows: int) -> int:
     """Tokens of a block for so many (padded) memory rows."""
-    return max(16, min(64, 8192 // rows))
+    return max(16, min(32, LOGITS // rows))
 
 
 @triton.jit
@@ -466,7 +468,7 @@ def _external_backward(
     column = sums.new_empty(programs, count, wide)
 
     def launch(keys: bool, column: Tensor, channels: int) -> Tensor:
-        chunk = min(shared.padded(channels), HELD // wide)
+        chunk = min(shared.padded(channels), HELD[x.dtype] // wide)
         chunks = triton.cdiv(channels, chunk)
         grid = min(programs * count, shared.programs(x.device) // chunks or 1)
         acc = sums.new_empty(grid, chunks, wide, chunk)
