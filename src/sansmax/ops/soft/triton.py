@@ -22,6 +22,9 @@ from .fused import inverse_of
 
 # The Newton kernel holds a matrix of so many landmarks.
 MOST_INVERTED = 64
+# Entries of K1 that a program holds, without spilling registers on compute capability 9.0.
+TILE = 2048
+BACKWARD_TILE = 1024
 # Where coordinates are cut, as in `fused`.
 LIMIT = tl.constexpr(2.0**57)
 
@@ -321,7 +324,6 @@ def _newton(
 @triton.jit
 def _newton_backward(
     landmarks,
-    inverse,
     grad,
     out,
     heads,
@@ -334,17 +336,14 @@ def _newton_backward(
     M: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The gradient of the landmarks from -V^T G V^T, that of a true inverse V by the matrix."""
+    """The gradient of the landmarks from that of their kernel matrix."""
     program = tl.program_id(0)
     batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
     y, a, diagonal = _landmark_kernel(
         landmarks, batch, head, count, dim, landmark_b, landmark_h, landmark_m, landmark_d, M, D
     )
     i, d = tl.arange(0, M), tl.arange(0, D)
-    v = tl.trans(_matrix(inverse, program, i, i, count, count))
-    g = _matrix(grad, program, i, i, count, count)
-    w = tl.dot(tl.dot(v, g, input_precision="ieee"), v, input_precision="ieee")
-    w = tl.where(diagonal, 0.0, -w * a)
+    w = tl.where(diagonal, 0.0, _matrix(grad, program, i, i, count, count) * a)
     w += tl.trans(w)
     result = tl.dot(w, y, input_precision="ieee") - tl.sum(w, 1)[:, None] * y
     at = out + program.to(tl.int64) * count * dim + i[:, None] * dim + d[None, :]
@@ -370,14 +369,15 @@ def soft(
         return _soft(q, v, landmarks, z, mask)[0]
 
 
-def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None) -> dict[str, object]:
+def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None, tiles: int) -> dict[str, object]:
+    """`tiles` is how many entries of K1 a program holds."""
     wide = shared.padded(landmarks.shape[2])
     return {
         "M": wide,
         "D": shared.padded(q.shape[3]),
         "E": shared.padded(v.shape[3]),
         "MASKED": mask is not None,
-        "BLOCK": max(16, min(64, 4096 // wide)),
+        "BLOCK": max(16, min(64, tiles // wide)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32x3",
         "num_warps": 8 if wide > 32 else 4,
         "num_stages": 1,
@@ -387,7 +387,7 @@ def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None) -> dict
 def _gathered(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None) -> Tensor:
     """K1^T v, (B H, m, E'), E' padded."""
     batch, heads, tokens, dim = q.shape
-    words = _words(q, v, landmarks, mask)
+    words = _words(q, v, landmarks, mask, TILE)
     count, per_part = shared.parts(tokens, batch * heads, q.device)
     product = landmarks.new_empty(batch * heads, count, landmarks.shape[2], words["E"])
     _gather[count, batch * heads](
@@ -425,7 +425,7 @@ def _soft(
     """The output; K1^T v and Z K1^T v, (B H, m, E')."""
     batch, heads, tokens, dim = q.shape
     out = shared.tokens_first(q, v.shape[3])
-    words = _words(q, v, landmarks, mask)
+    words = _words(q, v, landmarks, mask, TILE)
     product = _gathered(q, v, landmarks, mask)
     mixed = _exact_product(z.flatten(0, 1), product).float()
     _apply[triton.cdiv(tokens, words["BLOCK"]), batch * heads](
@@ -496,7 +496,7 @@ def _soft_backward(
         *dq.stride(),
         *dv.stride(),
         *shared.mask_strides(mask),
-        **_words(q, v, landmarks, mask),
+        **_words(q, v, landmarks, mask, BACKWARD_TILE),
     )
     return dq, dv, parts.sum(2), dz
 
@@ -550,10 +550,11 @@ def _(landmarks, iterations):
 def _plain_inverse_backward(grad: Tensor, landmarks: Tensor, inverse: Tensor) -> Tensor:
     batch, heads, count, dim = landmarks.shape
     out = landmarks.new_empty(landmarks.shape)
+    # The gradient of a true inverse, whatever `inverse` is.
+    grad = -_exact_product(_exact_product(inverse.mT, grad), inverse.mT)
     _newton_backward[batch * heads,](
         landmarks,
-        inverse,
-        grad.contiguous(),
+        grad.float().contiguous(),
         out,
         heads,
         count,
