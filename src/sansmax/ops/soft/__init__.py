@@ -23,10 +23,10 @@ from ._inverse import checked, exact_dtype, landmark_inverse, newton_inverse
 
 __all__ = ["example", "flops", "newton_inverse", "soft"]
 
-# Of the kernels: a program holds the landmarks and a matrix as large.
-WIDEST = 128
-MOST_LANDMARKS = 256
-HELD = 8192
+# Of the kernels: a program holds the landmarks and matrices as large, HELD entries padded to powers of two.
+WIDEST = 64
+MOST_LANDMARKS = 128
+HELD = 4096
 
 
 def soft(
@@ -79,7 +79,7 @@ def soft(
     widest = max(d, v.shape[3])
     limits = (
         ("head or value width", widest, WIDEST),
-        ("number of landmarks", landmarks.shape[2], min(MOST_LANDMARKS, HELD // widest)),
+        ("number of landmarks", landmarks.shape[2], min(MOST_LANDMARKS, HELD >> (widest - 1).bit_length())),
     )
     name, _ = choose("soft", backend, q, limits, explain=explain)
     if name == "triton":
