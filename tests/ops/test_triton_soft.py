@@ -133,7 +133,7 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(dim=129, landmarks=2), "head or value width 129 is above 128"),
+        (dict(dim=65, landmarks=2), "head or value width 65 is above 64"),
         (dict(landmarks=300), "number of landmarks 300 is above"),
     ],
 )
