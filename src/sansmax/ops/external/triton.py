@@ -5,8 +5,8 @@ and recomputes the weights twice: for the gradient of memory_v and what the soft
 those of x and memory_k. Wide tokens are read, and wide gradients made, some channels at a time.
 """
 
-# A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# A launch, kernel[grid](...), is typed as a call of the kernel, and reductions as tuples.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 import math
 

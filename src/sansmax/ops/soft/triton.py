@@ -6,8 +6,10 @@ cancel and the inverse amplifies what is rounded: where tokens come in half prec
 TF32, with an error of about 2^-21; float32 tokens have products in float32.
 """
 
-# A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# A launch, kernel[grid](...), is typed as a call of the kernel, and reductions as tuples.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
+from typing import Any
 
 import torch
 import triton
@@ -369,7 +371,7 @@ def soft(
         return _soft(q, v, landmarks, z, mask)[0]
 
 
-def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None, tiles: int) -> dict[str, object]:
+def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None, tiles: int) -> dict[str, Any]:
     """`tiles` is how many entries of K1 a program holds."""
     wide = shared.padded(landmarks.shape[2])
     return {
