@@ -90,11 +90,10 @@ def test_weights_below_float16(error):
     exact = [t.double().requires_grad_() for t in leaves]
     leaves = [t.requires_grad_() for t in leaves]
     out = external(*leaves, eps=1e6, backend="triton")
-    got = torch.autograd.grad(out, leaves, torch.full_like(out, 1000))
+    (got,) = torch.autograd.grad(out, leaves[2], torch.full_like(out, 1000))
     out = external(*exact, eps=1e6, backend="reference")
-    want = torch.autograd.grad(out, exact, torch.full_like(out, 1000))
-    for one, other in zip(got[1:], want[1:], strict=True):
-        assert error(one, other) < 5e-3
+    (want,) = torch.autograd.grad(out, exact[2], torch.full_like(out, 1000))
+    assert error(got, want) < 5e-3
 
 
 def test_an_image_all_masked(error):
