@@ -371,15 +371,15 @@ def soft(
         return _soft(q, v, landmarks, z, mask)[0]
 
 
-def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None, tiles: int) -> dict[str, Any]:
-    """`tiles` is how many entries of K1 a program holds."""
-    wide = shared.padded(landmarks.shape[2])
+def _words(q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None, tile: int) -> dict[str, Any]:
+    """`tile` is how many entries of K1, or of tokens, a program holds."""
+    wide, *widths = (shared.padded(t) for t in (landmarks.shape[2], q.shape[3], v.shape[3]))
     return {
         "M": wide,
-        "D": shared.padded(q.shape[3]),
-        "E": shared.padded(v.shape[3]),
+        "D": widths[0],
+        "E": widths[1],
         "MASKED": mask is not None,
-        "BLOCK": max(16, min(64, tiles // wide)),
+        "BLOCK": max(16, min(64, tile // max(wide, *widths))),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32x3",
         "num_warps": 8 if wide > 32 else 4,
         "num_stages": 1,
