@@ -35,13 +35,18 @@ def padded(width: int) -> int:
 
 def parts(tokens: int, heads: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts the tokens are split, and the tokens of one, whole blocks."""
+    blocks = triton.cdiv(tokens, BLOCK)
+    count = min(blocks, max(1, programs(device) // heads))
+    per_part = triton.cdiv(blocks, count) * BLOCK
+    return triton.cdiv(tokens, per_part), per_part
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill the device."""
     processors = INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = triton.cdiv(tokens, BLOCK)
-    count = min(blocks, max(1, WAVES * processors // heads))
-    per_part = triton.cdiv(blocks, count) * BLOCK
-    return triton.cdiv(tokens, per_part), per_part
+    return WAVES * processors
 
 
 def prescale(dtype: torch.dtype) -> float:

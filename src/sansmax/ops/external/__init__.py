@@ -25,6 +25,10 @@ from . import fused
 
 __all__ = ["example", "external", "external_map", "flops"]
 
+# Of the kernels: a program holds the logits of some tokens for all memory rows; they overflow beyond a width.
+MOST_ROWS = 256
+WIDEST = 8192
+
 
 def external(
     x: Tensor,
@@ -34,6 +38,7 @@ def external(
     mask: Tensor | None = None,
     eps: float = 1e-9,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """External attention (see the module for the equation).
 
@@ -43,6 +48,7 @@ def external(
         mask: (B, N) bool, True = keep. A masked token enters no sum, and its own output is 0.
         eps: added to the row sums, >= 0; 0 is exact too (rows then sum to 1).
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, N, E) or (B, H, N, E) in the dtype of x.
@@ -53,7 +59,12 @@ def external(
     _checked("external", x, memory_k, mask, eps)
     _check.floating("external", x=x, memory_v=memory_v)
     _check.shape("external", "memory_v", memory_v, (memory_k.shape[0], "E"), "it has the rows of memory_k")
-    name, _ = choose("external", backend, x)
+    limits = (("memory rows", memory_k.shape[0], MOST_ROWS), ("token width", x.shape[-1], WIDEST))
+    name, _ = choose("external", backend, x, limits, explain=explain)
+    if name == "triton":
+        from . import triton
+
+        return triton.external(x, memory_k, memory_v, mask, eps)
     (x,) = _check.cleared(mask, x)
     body = reference if name == "reference" else fused.external
     (out,) = _check.cleared(mask, body(x, memory_k, memory_v, mask, eps))

@@ -23,6 +23,11 @@ from ._inverse import checked, exact_dtype, landmark_inverse, newton_inverse
 
 __all__ = ["example", "flops", "newton_inverse", "soft"]
 
+# Of the kernels: a program holds the landmarks and matrices as large, HELD entries padded to powers of two.
+WIDEST = 64
+MOST_LANDMARKS = 128
+HELD = 4096
+
 
 def soft(
     q: Tensor,
@@ -34,6 +39,7 @@ def soft(
     batchwise: bool = True,
     mask: Tensor | None = None,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """SOFT attention (see the module for the equation).
 
@@ -49,6 +55,7 @@ def soft(
         mask: (B, N) bool, True = keep. A masked token takes no part: its row of K1 is 0, and so is its
             output. The landmarks are the caller's: none may hold anything of a masked token.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, H, N, E) in the dtype of q.
@@ -69,7 +76,16 @@ def soft(
     _check.shape("soft", "landmarks", landmarks, (b, h, "m", d))
     _check.key_mask("soft", mask, b, n, q)
     inverse = checked("soft", inverse, iterations)
-    name, _ = choose("soft", backend, q)
+    widest = max(d, v.shape[3])
+    limits = (
+        ("head or value width", widest, WIDEST),
+        ("number of landmarks", landmarks.shape[2], min(MOST_LANDMARKS, HELD >> (widest - 1).bit_length())),
+    )
+    name, _ = choose("soft", backend, q, limits, explain=explain)
+    if name == "triton":
+        from . import triton
+
+        return triton.soft(q, v, landmarks, inverse, iterations, batchwise, mask)
     q, v = _check.cleared(mask, q, v)
     body = reference if name == "reference" else fused.soft
     (out,) = _check.cleared(mask, body(q, v, landmarks, inverse, iterations, batchwise))

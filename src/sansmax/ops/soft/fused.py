@@ -15,13 +15,18 @@ def soft(q: Tensor, v: Tensor, landmarks: Tensor, inverse: str, iterations: int,
         if dtype in (torch.float16, torch.bfloat16):
             q, v, landmarks = q.float(), v.float(), landmarks.float()
         k1 = gaussian(q, landmarks)  # (B, H, N, m)
-        exact = landmarks.to(exact_dtype(landmarks, inverse))
-        diagonal = torch.eye(exact.shape[2], dtype=torch.bool, device=exact.device)
-        # A view, because torch.compile takes no tensor twice.
-        a = gaussian(exact, exact.view_as(exact)).masked_fill(diagonal, 1)
-        z = landmark_inverse(a, inverse, iterations, batchwise)
+        z = inverse_of(landmarks, inverse, iterations, batchwise)
         mixed = z @ heads_matmul(k1.mT, v).to(z.dtype)  # (B, H, m, E)
         return (k1 @ mixed.to(v.dtype)).to(dtype)
+
+
+def inverse_of(landmarks: Tensor, inverse: str, iterations: int, batchwise: bool) -> Tensor:
+    """Z, of landmarks (B, H, m, D)."""
+    exact = landmarks.to(exact_dtype(landmarks, inverse))
+    diagonal = torch.eye(exact.shape[2], dtype=torch.bool, device=exact.device)
+    # A view, because torch.compile takes no tensor twice.
+    a = gaussian(exact, exact.view_as(exact)).masked_fill(diagonal, 1)
+    return landmark_inverse(a, inverse, iterations, batchwise)
 
 
 def gaussian(x: Tensor, y: Tensor) -> Tensor:
