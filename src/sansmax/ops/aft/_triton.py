@@ -6,8 +6,8 @@ where w is 0, sums over all earlier and all later blocks, which `scan` prepares.
 A tile is two matrix products, exp(w - top) with exp(k - top) v and with exp(k - top), the tops over the keys
 of the tile. The largest term of a row is then at least exp(-span), if span is how far all keys of a channel
 lie apart, or all biases of a row. Where both spans exceed LIMIT the tile is summed key by key, an exponent
-per (query, key, channel). A sum is held with its own exponent as a triple: num exp(top), den exp(top); tops are
-numbers like any other, and only differences from them are rounded.
+per (query, key, channel). A sum is held with its own exponent as a triple: num exp(top), den exp(top); tops
+are numbers like any other, and only differences from them are rounded.
 
 The backward pass knows the mean r, top and 1 / den, so that
 
@@ -507,8 +507,8 @@ def bias_backward(
     to_w = tl.zeros([BLOCK, BLOCK], tl.float32)
     # Past the last tile of the row nothing is left to do.
     last = tl.where(other < stop, tl.minimum((part + 1) * per_part, batches), 0)
-    for image in range(part * per_part, last):
-        batch = image.to(tl.int64)
+    for image in range(last - part * per_part):
+        batch = part.to(tl.int64) * per_part + image
         for first in range(0, channels, C):
             c = first + tl.arange(0, C)
             x, y, keep, k_top, k_span = keys_of(
@@ -565,9 +565,10 @@ def bias_backward(
                     _, b1 = shifted((x1 - top) + bias1, g, r, y1)
                     to_w -= tl.where((u == u1)[None, :], tl.sum(b1, 1)[:, None], 0.0)
     distance = t[:, None] - u[None, :]
-    here = (t < tokens)[:, None] & (u < tokens)[None, :] & (distance < window) & (distance > -window)
+    end = tl.minimum(tokens, stop * BLOCK)
+    here = (t < tokens)[:, None] & (u < end)[None, :] & (distance < window) & (distance > -window)
     at = dw + (part.to(tl.int64) * tokens + t[:, None]) * tokens + u[None, :]
-    tl.store(at, to_w, mask=here & (other < stop))
+    tl.store(at, to_w, mask=here)
 
 
 def wide(channels: int) -> int:
