@@ -8,13 +8,15 @@ from sansmax.ops.aft import aft_full, aft_local, aft_simple
 pytest.importorskip("triton", reason="torch comes without triton on this system")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = {torch.float16: 6e4, torch.bfloat16: 1e4}
-# name -> (function, whether it takes a bias); 150 tokens are three blocks
+# Three blocks: the interpreter takes minutes for blocks of 64 that are summed key by key.
+TOKENS = 150 if DEVICE == "cuda" else 36
+# name -> (function, whether it takes a bias)
 FORMS = {
     "simple": (aft_simple, False),
     "full": (aft_full, True),
     "local": (lambda *inputs, **options: aft_local(*inputs, 4, **options), True),
     "local, the diagonal alone": (lambda *inputs, **options: aft_local(*inputs, 1, **options), True),
-    "local, blocks apart": (lambda *inputs, **options: aft_local(*inputs, 70, **options), True),
+    "local, blocks apart": (lambda *inputs, **options: aft_local(*inputs, 18, **options), True),
     "local, longer than the sequence": (
         lambda *inputs, **options: aft_local(*inputs, 10**6, **options),
         True,
@@ -22,10 +24,17 @@ FORMS = {
     "local, without a window": (lambda *inputs, **options: aft_local(*inputs, 0, **options), True),
 }
 each = pytest.mark.parametrize("name", FORMS)
+some = pytest.mark.parametrize("name", ["simple", "full", "local, blocks apart"])
 both = pytest.mark.parametrize("causal", [False, True])
 
 
-def draw(name, tokens=150, channels=3, batch=2, keys=1.0, biases=1.0, dtype=torch.float32, seed=0):
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr("sansmax.ops.aft._triton.BLOCK", 16)
+
+
+def draw(name, tokens=TOKENS, channels=3, batch=1, keys=1.0, biases=1.0, dtype=torch.float32, seed=0):
     """q, k, v (and w) with keys and biases of the given spread, multiples of 1/8 so that sums are exact."""
     generator = torch.Generator().manual_seed(seed)
     inputs = list(torch.randn(3, batch, tokens, channels, generator=generator, dtype=torch.float64))
@@ -51,11 +60,11 @@ def assert_close(name, inputs, error, out, grads, **options):
     assert error(got[1], want[1]) < grads
 
 
-@each
+@some
 @both
-@pytest.mark.parametrize(("keys", "biases"), [(30.0, 1.0), (1.0, 60.0), (30.0, 60.0), (1e4, 1e3)])
+@pytest.mark.parametrize(("keys", "biases"), [(30.0, 60.0), (1e4, 1e3)])
 def test_extremes(name, causal, keys, biases, error):
-    inputs = draw(name, tokens=70, keys=keys, biases=biases)
+    inputs = draw(name, keys=keys, biases=biases)
     assert_close(name, inputs, error, 2e-6, 4e-6, causal=causal)
 
 
@@ -81,26 +90,26 @@ def test_values_that_share_a_large_number(name, causal, error):
         assert error(got[3 * size :], want[3 * size :]) < 0.1
 
 
-@each
+@some
 @both
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_at_its_limits(name, causal, dtype, error):
     inputs = draw(name, dtype=dtype)
     largest = HALF[dtype]
-    inputs[1][:, 7::50], inputs[2][:, ::3], inputs[0][:, ::2] = largest, -largest, -largest
+    inputs[1][:, 7::13], inputs[2][:, ::3], inputs[0][:, ::2] = largest, -largest, -largest
     out, grads = results(name, inputs, "triton", dtype, causal=causal)
     want, _ = results(name, inputs, "reference", torch.float64, causal=causal)
     assert error(out, want) < 2 * torch.finfo(dtype).eps
     assert grads.isfinite().all()
 
 
-@each
+@some
 def test_a_future_key_changes_no_earlier_row(name, error):
     inputs = draw(name)
     want = results(name, inputs, "triton", torch.float32, causal=True)[0]
-    inputs[1][:, 40:50], inputs[1][:, 140:] = 300, 1e4
+    inputs[1][:, 20:23], inputs[1][:, 35:] = 300, 1e4
     got = results(name, inputs, "triton", torch.float32, causal=True)[0]
-    assert error(got[:, :40], want[:, :40]) < 1e-6
+    assert error(got[:, :20], want[:, :20]) < 1e-6
 
 
 @each
@@ -108,8 +117,8 @@ def test_a_future_key_changes_no_earlier_row(name, error):
 def test_nothing_is_kept(name, causal, error):
     """An image without tokens, whole blocks without tokens, and first rows without keys."""
     inputs = draw(name, batch=3)
-    mask = torch.ones(3, 150, dtype=torch.bool, device=DEVICE)
-    mask[0], mask[1, :70], mask[1, 80:] = False, False, False
+    mask = torch.ones(3, TOKENS, dtype=torch.bool, device=DEVICE)
+    mask[0], mask[1, :18], mask[1, 21:] = False, False, False
     assert_close(name, inputs, error, 1e-6, 2e-6, causal=causal, mask=mask)
     out, _ = results(name, inputs, "triton", torch.float32, causal=causal, mask=mask)
     assert (out[0] == 0).all()
@@ -117,7 +126,7 @@ def test_nothing_is_kept(name, causal, error):
 
 def test_pairs_left_out_by_the_bias(error):
     inputs = draw("full", keys=30.0)
-    inputs[3][:, 3], inputs[3][5], inputs[3][100, :80] = -torch.inf, -torch.inf, -torch.inf
+    inputs[3][:, 3], inputs[3][5], inputs[3][30, :20] = -torch.inf, -torch.inf, -torch.inf
     assert_close("full", inputs, error, 1e-6, 4e-6)
 
 

@@ -57,8 +57,10 @@ def assert_in_budget(name, arguments, options, dtype, error):
             assert kernel.abs().max() < 4 * eager.abs().max() + 30 * torch.finfo(dtype).eps * largest
             continue
         # Matrices of a head are rounded to half precision, which the reference does not do; the interpreter
-        # cuts bfloat16 off where a GPU rounds. Gradients that are differences of two products (AFT) cancel.
-        assert error(kernel, want) < 4 * error(eager, want) + 4 * torch.finfo(dtype).eps
+        # cuts bfloat16 off where a GPU rounds. Gradients that are differences of two products (AFT: v - r of
+        # early causal rows) cancel: up to 1.2e-6 in float32.
+        spare = 8 if dtype == torch.float32 else 2
+        assert error(kernel, want) < 4 * error(eager, want) + spare * torch.finfo(dtype).eps
 
 
 @each

@@ -736,7 +736,7 @@ def _average_backward(
     tiles = triton.cdiv(max(window - 1, 0), BLOCK)
     tiles = min(blocks, tiles + 1 if causal else 2 * tiles + 1)
     # Images are split as blocks of tokens are elsewhere.
-    count, per_part = shared.parts(batch * BLOCK, blocks * tiles, q.device)
+    count, per_part = shared.parts(batch * shared.BLOCK, blocks * tiles, q.device)
     dw = torch.zeros(count, tokens, tokens, dtype=torch.float32, device=q.device)
     bias_backward[blocks, tiles, count](
         *inputs,
@@ -748,7 +748,7 @@ def _average_backward(
         channels,
         window,
         batch,
-        per_part // BLOCK,
+        per_part // shared.BLOCK,
         *strides,
         **options,
     )
