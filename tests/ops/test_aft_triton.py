@@ -68,7 +68,7 @@ def test_extremes(name, causal, keys, biases, error):
     assert_close(name, inputs, error, 2e-6, 4e-6, causal=causal)
 
 
-@each
+@some
 @both
 def test_keys_that_share_a_large_number(name, causal, error):
     inputs = draw(name)
@@ -76,7 +76,7 @@ def test_keys_that_share_a_large_number(name, causal, error):
     assert_close(name, inputs, error, 1e-6, 4e-6, causal=causal)
 
 
-@each
+@some
 @both
 def test_values_that_share_a_large_number(name, causal, error):
     """The gradients of k and w are differences of values: bfloat16 must not drown them."""
@@ -112,7 +112,7 @@ def test_a_future_key_changes_no_earlier_row(name, error):
     assert error(got[:, :20], want[:, :20]) < 1e-6
 
 
-@each
+@some
 @both
 def test_nothing_is_kept(name, causal, error):
     """An image without tokens, whole blocks without tokens, and first rows without keys."""
@@ -152,7 +152,13 @@ def test_factors_and_a_bias_of_more_positions(window, causal, error):
         aft_full(long, long, long, (long[0], long[0]), backend="triton")
 
 
+@both
 @each
+def test_windows_and_forms(name, causal, error):
+    assert_close(name, draw(name, batch=2), error, 1e-6, 2e-6, causal=causal)
+
+
+@some
 def test_nothing_is_kept_for_gradients_that_nobody_wants(name):
     inputs = draw(name, tokens=5)
     with torch.no_grad():

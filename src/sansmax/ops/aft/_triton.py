@@ -18,8 +18,8 @@ and beyond the reach of w its sums over the queries are triples with the exponen
 without keys has 1 / den = 0 and the exponent -LOWEST.
 """
 
-# A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# A launch, kernel[grid](...), is typed as a call of the kernel, and a reduction in it as a tuple.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -58,6 +58,25 @@ def product(a, b, DTYPE: tl.constexpr):
 def small(exponent):
     """exp, finite also where the sum that it multiplies is empty."""
     return tl.exp(tl.minimum(exponent, 80.0))
+
+
+@triton.jit
+def powers(x, top, keep):
+    """exp(x - top), where top is the largest of what is kept, and 0 elsewhere."""
+    return tl.where(keep[:, None], tl.exp(tl.minimum(x - top[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def gate_of(q):
+    """sigmoid(q); below -88 it is no normal float32."""
+    return tl.sigmoid(tl.maximum(q, -88.0))
+
+
+@triton.jit
+def middle_of(y, keep):
+    """The mean of the kept values of a block. Products that are rounded take the values from there, or what
+    all of them share would drown their differences."""
+    return tl.sum(y, 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
 
 
 @triton.jit
@@ -166,7 +185,7 @@ def totals(
             k, v, mask, batch, u, c, stop, channels, k_b, k_n, k_c, v_b, v_n, v_c, mask_b, mask_n, MASKED
         )
         high = tl.maximum(top, high)
-        weight = tl.where(keep[:, None], tl.exp(x - high[None, :]), 0.0)
+        weight = powers(x, high, keep)
         by = tl.exp(top - high)
         num = num * by + tl.sum(weight * y, 0)
         den = den * by + tl.sum(weight, 0)
@@ -298,12 +317,14 @@ def forward(
         )
         bias, w_top, w_span = biases_of(w, t, u, keep, tokens, window, w_t, w_u, CAUSAL, BIASED)
         if tl.minimum(k_span, w_span) <= LIMIT:
-            weight = tl.where(keep[:, None], tl.exp(x - k_top[None, :]), 0.0)
+            weight = powers(x, k_top, keep)
             raised = tl.maximum(top, k_top[None, :] + w_top[:, None])
             by, here = tl.exp(top - raised), small((k_top[None, :] - raised) + w_top[:, None])
             rows = tl.exp(bias - w_top[:, None])
-            num = num * by + product(rows, weight * y, k.dtype.element_ty) * here
-            den = den * by + product(rows, weight, k.dtype.element_ty) * here
+            middle = middle_of(y, keep)[None, :]
+            other_den = product(rows, weight, k.dtype.element_ty)
+            other_num = product(rows, weight * (y - middle), k.dtype.element_ty) + middle * other_den
+            num, den = num * by + other_num * here, den * by + other_den * here
             top = raised
         else:
             for i in range(BLOCK):
@@ -335,7 +356,7 @@ def forward(
     den = tl.where(empty, 1.0, den)
     r = num / den
     inside = t < tokens
-    gate = tl.sigmoid(tile(q, batch, t, c, inside, channels, q_b, q_n, q_c))
+    gate = gate_of(tile(q, batch, t, c, inside, channels, q_b, q_n, q_c))
     at = (batch * tokens + t.to(tl.int64)[:, None]) * channels + c[None, :]
     here = inside[:, None] & (c < channels)[None, :]
     tl.store(out + at, (gate * r).to(out.dtype.element_ty), mask=here)
@@ -369,7 +390,7 @@ def gate_backward(
     c = tl.program_id(1) * C + tl.arange(0, C)
     t = block * BLOCK + tl.arange(0, BLOCK)
     inside = t < tokens
-    gate = tl.sigmoid(tile(q, batch, t, c, inside, channels, q_b, q_n, q_c))
+    gate = gate_of(tile(q, batch, t, c, inside, channels, q_b, q_n, q_c))
     g = gate * tile(grad, batch, t, c, inside, channels, grad_b, grad_n, grad_c)
     at = (batch * tokens + t.to(tl.int64)[:, None]) * channels + c[None, :]
     here = inside[:, None] & (c < channels)[None, :]
@@ -417,8 +438,7 @@ def backward(
     BEYOND: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk and dv of a block of keys. v_u - r_t is taken as (v_u - middle) - (r_t - middle), with the mean
-    value of the block as the middle: what all values share would drown the difference in rounding."""
+    """dk and dv of a block of keys; v_u - r_t is taken as (v_u - middle) - (r_t - middle)."""
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     blocks = tl.num_programs(0)
     c = tl.program_id(1) * C + tl.arange(0, C)
@@ -426,8 +446,8 @@ def backward(
     x, y, keep, k_top, k_span = keys_of(
         k, v, mask, batch, u, c, tokens, channels, k_b, k_n, k_c, v_b, v_n, v_c, mask_b, mask_n, MASKED
     )
-    weight = tl.where(keep[:, None], tl.exp(x - k_top[None, :]), 0.0)
-    middle = tl.sum(y, 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
+    weight = powers(x, k_top, keep)
+    middle = middle_of(y, keep)
     y -= middle[None, :]
     start, stop = nearby(block, blocks, window, BLOCK)
     if CAUSAL:
@@ -533,8 +553,8 @@ def bias_backward(
             bias, w_top, w_span = biases_of(w, t, u, keep, tokens, window, w_t, w_u, CAUSAL, True)
             g, r, top = queries_of(grads, means, tops, batch, t, c, tokens, channels)
             if tl.minimum(k_span, w_span) <= LIMIT:
-                middle = tl.sum(y, 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
-                weight = tl.where(keep[:, None], tl.exp(x - k_top[None, :]), 0.0)
+                middle = middle_of(y, keep)
+                weight = powers(x, k_top, keep)
                 a, b = shifted((k_top[None, :] - top) + w_top[:, None], g, r, middle[None, :])
                 s = product(a, tl.trans(weight * (y - middle[None, :])), k.dtype.element_ty)
                 s -= product(b, tl.trans(weight), k.dtype.element_ty)

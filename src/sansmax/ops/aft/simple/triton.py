@@ -4,7 +4,7 @@ The causal form is AFT-local with the window 0. q, k, v are read as they lie.
 """
 
 # A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import _triton as shared
 from ..._triton import BLOCK, kept
 from .. import _triton as tiles
-from .._triton import LOWEST, joined, tile
+from .._triton import LOWEST, gate_of, joined, powers, tile
 
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -56,7 +56,7 @@ def _forward(
     den = tl.where(empty, 1.0, den)
     r = num / den
     t = block * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.sigmoid(tile(q, batch, t, c, t < tokens, channels, q_b, q_n, q_c))
+    gate = gate_of(tile(q, batch, t, c, t < tokens, channels, q_b, q_n, q_c))
     at = (batch * tokens + t.to(tl.int64)[:, None]) * channels + c[None, :]
     inside = (t < tokens)[:, None] & within[None, :]
     tl.store(out + at, (gate * r[None, :]).to(out.dtype.element_ty), mask=inside)
@@ -94,7 +94,7 @@ def _queries_backward(
     stop = tl.minimum((part + 1) * per_part, tokens)
     for start in range(part * per_part, stop, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        gate = tl.sigmoid(tile(q, batch, t, c, t < stop, channels, q_b, q_n, q_c))
+        gate = gate_of(tile(q, batch, t, c, t < stop, channels, q_b, q_n, q_c))
         g = gate * tile(grad, batch, t, c, t < stop, channels, grad_b, grad_n, grad_c)
         acc += g
         at = (batch * tokens + t.to(tl.int64)[:, None]) * channels + c[None, :]
@@ -144,7 +144,7 @@ def _keys_backward(
     keep = kept(mask, batch, u, u < tokens, mask_b, mask_n, MASKED)
     x = tile(k, batch, u, c, keep, channels, k_b, k_n, k_c)
     y = tile(v, batch, u, c, keep, channels, v_b, v_n, v_c)
-    to_v = tl.where(keep[:, None], tl.exp(x - top[None, :]), 0.0) * (by * total)[None, :]
+    to_v = powers(x, top, keep) * (by * total)[None, :]
     at = (batch * tokens + u.to(tl.int64)[:, None]) * channels + c[None, :]
     inside = (u < tokens)[:, None] & within[None, :]
     tl.store(dv + at, to_v.to(dv.dtype.element_ty), mask=inside)
