@@ -25,6 +25,7 @@ def softmax(
     mask: Tensor | None = None,
     causal: bool = False,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention.
 
@@ -33,12 +34,13 @@ def softmax(
         mask: (B, M) bool, True = keep. Where every key is masked the output is 0.
         causal: query i sees keys j <= i; needs N == M.
         backend: "reference" is the literal equation, the others are F.scaled_dot_product_attention.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, H, N, E).
     """
     _check.qkv("softmax", q, k, v, mask, causal)
-    name, _ = choose("softmax", backend, q)
+    name, _ = choose("softmax", backend, q, explain=explain)
     q, (k, v) = _check.finite_queries(mask, q), _check.cleared(mask, k, v)
     keep = None if mask is None else mask[:, None, None, :]
     if causal and keep is not None:

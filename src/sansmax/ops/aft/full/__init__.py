@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import _check
-from ..._backend import choose, no_autocast
+from ..._backend import Limits, choose, no_autocast
 from .. import _triple
 from . import fused
 
 __all__ = ["AFTFullState", "aft_full", "aft_full_init_state", "aft_full_step", "example", "flops"]
+
+# Of the kernels.
+KERNEL_FORMS = ("", "causal")
+# Up to here the kernels form u v^T, 256 MiB.
+LONGEST = 8192
 
 # Entries of one (B, rows, T, C) temporary of the reference.
 ENTRIES = 1 << 21
@@ -35,6 +40,7 @@ def aft_full(
     causal: bool = False,
     mask: Tensor | None = None,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """AFT-full (see the module for the equation).
 
@@ -45,6 +51,7 @@ def aft_full(
         causal: sum over the keys u <= t.
         mask: (B, T) bool over the keys, True = keep. The outputs of masked tokens are still computed.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, T, C) in the dtype of q.
@@ -53,7 +60,11 @@ def aft_full(
         ValueError, TypeError: shapes, dtypes, devices or backend do not fit, or T > T_max.
     """
     factors = check("aft_full", q, k, v, w, mask)
-    name, _ = choose("aft.full", backend, q)
+    name, _ = choose("aft.full", backend, q, limits(factors, q.shape[1]), explain=explain)
+    if name == "triton":
+        from . import triton
+
+        return triton.aft_full(_check.finite_queries(mask, q), k, v, factors, mask, causal)
     q, k, v = hidden(mask, q, k, v)
     body = reference if name == "reference" else fused.aft_full
     return body(q, k, v, factors, causal)
@@ -75,6 +86,10 @@ def check(
             f"make w larger or resample it, or give fewer tokens"
         )
     return factors
+
+
+def limits(w: tuple[Tensor, ...], tokens: int) -> Limits:
+    return (("length of a bias in factors", tokens, LONGEST),) if len(w) == 2 else ()
 
 
 def bias(op: str, w: Tensor | tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, ...]:

@@ -13,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _check
 from ..._backend import choose, no_autocast
 from .. import _triple, full
 from . import fused
 
 __all__ = ["AFTLocalState", "aft_local", "aft_local_init_state", "aft_local_step", "example", "flops"]
+
+# Of the kernels.
+KERNEL_FORMS = ("", "causal")
 
 
 def aft_local(
@@ -30,6 +34,7 @@ def aft_local(
     causal: bool = False,
     mask: Tensor | None = None,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """AFT-local (see the module for the equation).
 
@@ -43,6 +48,7 @@ def aft_local(
         causal: sum over the keys u <= t.
         mask: (B, T) bool over the keys, True = keep. The outputs of masked tokens are still computed.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, T, C) in the dtype of q.
@@ -52,7 +58,11 @@ def aft_local(
     """
     factors = full.check("aft_local", q, k, v, w, mask)
     _check_window("aft_local", window)
-    name, _ = choose("aft.local", backend, q)
+    name, _ = choose("aft.local", backend, q, full.limits(factors, q.shape[1]), explain=explain)
+    if name == "triton":
+        from . import triton
+
+        return triton.aft_local(_check.finite_queries(mask, q), k, v, factors, mask, window, causal)
     q, k, v = full.hidden(mask, q, k, v)
     body = reference if name == "reference" else fused.aft_local
     return body(q, k, v, factors, window, causal)

@@ -22,6 +22,9 @@ from . import fused
 
 __all__ = ["aft_simple", "aft_simple_init_state", "aft_simple_step", "example", "flops"]
 
+# Of the kernels.
+KERNEL_FORMS = ("", "causal")
+
 # Weights (B, rows, T, C) that the causal reference holds at a time.
 _REFERENCE_ENTRIES = 2**22
 
@@ -34,6 +37,7 @@ def aft_simple(
     causal: bool = False,
     mask: Tensor | None = None,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """AFT-simple (see the module for the equation).
 
@@ -42,6 +46,7 @@ def aft_simple(
         causal: token t sums the tokens 0..t.
         mask: (B, T) bool, True = keep. A masked token enters no sum; where a sum is empty the output is 0.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, T, C) in the dtype of q.
@@ -56,7 +61,11 @@ def aft_simple(
     for name, tensor in (("k", k), ("v", v)):
         _check.shape("aft_simple", name, tensor, tuple(q.shape), "every query has one key and one value")
     _check.key_mask("aft_simple", mask, q.shape[0], q.shape[1], q)
-    name, _ = choose("aft.simple", backend, q)
+    name, _ = choose("aft.simple", backend, q, explain=explain)
+    if name == "triton":
+        from . import triton
+
+        return triton.aft_simple(q, k, v, mask, causal)
     if mask is not None:
         k, v = k.masked_fill(~mask[..., None], -torch.inf), v.masked_fill(~mask[..., None], 0)
     return (reference if name == "reference" else fused.aft_simple)(q, k, v, causal)
