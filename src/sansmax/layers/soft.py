@@ -26,9 +26,6 @@ class SOFT(Mixer):
             as in the paper.
         ratio: in place of `landmarks`, as in the published code: a convolution of this size and stride, so
             that their number grows with the image. Rows and columns that do not fill a stride are left out.
-        landmark_scale: what the weights of the landmarks' LayerNorm begin with, 1 as published. At 1 the
-            landmarks lie so far from the queries that the kernel's weights of a token sum to 0.01 at first
-            (64 tokens, 16 landmarks), and what mixes tokens is the convolution; at 0.7 they begin near 1.
         conv_size: width of the depth-wise convolution of V, one filter per head, odd, added to the output as
             in the published code (9, 5, 3 in its stages); None for the paper's equation, without it.
         inverse, iterations: see sansmax.ops.soft.
@@ -66,7 +63,6 @@ class SOFT(Mixer):
         *args,
         landmarks: int = 49,
         ratio: int | None = None,
-        landmark_scale: float = 1.0,
         conv_size: int | None = 3,
         inverse: str = "plain",
         iterations: int = 20,
@@ -91,7 +87,6 @@ class SOFT(Mixer):
         width, stride = self.head_dim, ratio or 1
         self.landmark = nn.Conv2d(width, width, stride, stride, bias=False, **self.factory)
         self.landmark_norm = nn.LayerNorm(width, eps=1e-5, **self.factory)
-        nn.init.constant_(self.landmark_norm.weight, landmark_scale)
         self.conv = None
         if conv_size is not None:
             heads, pad = self.num_heads, conv_size // 2
