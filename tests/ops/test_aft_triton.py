@@ -91,6 +91,18 @@ def test_values_that_share_a_large_number(name, causal, error):
 
 @some
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_value_that_weighs_nothing(name, causal, dtype, error):
+    """It is in no mean, so it may not coarsen the others; causal, it may be of the future."""
+    inputs = draw(name, dtype=dtype)
+    inputs[1][:, 8], inputs[2][:, 8] = -150, 2.0**20
+    out = results(name, inputs, "triton", dtype, causal=causal)[0]
+    want = results(name, inputs, "reference", torch.float64, causal=causal)[0]
+    assert error(out, want) < (1e-6 if dtype == torch.float32 else 0.02)
+
+
+@some
+@both
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_at_its_limits(name, causal, dtype, error):
     inputs = draw(name, dtype=dtype)

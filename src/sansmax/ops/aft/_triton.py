@@ -73,10 +73,15 @@ def gate_of(q):
 
 
 @triton.jit
-def middle_of(y, keep):
-    """The mean of the kept values of a block. Products that are rounded take the values from there, or what
-    all of them share would drown their differences."""
-    return tl.sum(y, 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
+def common(y, keep):
+    """What the kept values of a block share: the one nearest to 0 if all have one sign, else 0.
+
+    Products that are rounded take the values from there, or it would drown their differences. No |y - common|
+    is above |y|, which the mean could not promise where one value is large and weighs nothing.
+    """
+    low = tl.min(tl.where(keep[:, None], y, -LOWEST), 0)
+    high = tl.max(tl.where(keep[:, None], y, LOWEST), 0)
+    return tl.where(low > high, 0.0, tl.maximum(low, 0.0) + tl.minimum(high, 0.0))
 
 
 @triton.jit
@@ -321,10 +326,10 @@ def forward(
             raised = tl.maximum(top, k_top[None, :] + w_top[:, None])
             by, here = tl.exp(top - raised), small((k_top[None, :] - raised) + w_top[:, None])
             rows = tl.exp(bias - w_top[:, None])
-            middle = middle_of(y, keep)[None, :]
-            other_den = product(rows, weight, k.dtype.element_ty)
-            other_num = product(rows, weight * (y - middle), k.dtype.element_ty) + middle * other_den
-            num, den = num * by + other_num * here, den * by + other_den * here
+            middle = common(y, keep)[None, :]
+            more = product(rows, weight, k.dtype.element_ty) * here
+            num, den = num * by + middle * more, den * by + more
+            num += product(rows, weight * (y - middle), k.dtype.element_ty) * here
             top = raised
         else:
             for i in range(BLOCK):
@@ -447,7 +452,7 @@ def backward(
         k, v, mask, batch, u, c, tokens, channels, k_b, k_n, k_c, v_b, v_n, v_c, mask_b, mask_n, MASKED
     )
     weight = powers(x, k_top, keep)
-    middle = middle_of(y, keep)
+    middle = common(y, keep)
     y -= middle[None, :]
     start, stop = nearby(block, blocks, window, BLOCK)
     if CAUSAL:
@@ -553,7 +558,7 @@ def bias_backward(
             bias, w_top, w_span = biases_of(w, t, u, keep, tokens, window, w_t, w_u, CAUSAL, True)
             g, r, top = queries_of(grads, means, tops, batch, t, c, tokens, channels)
             if tl.minimum(k_span, w_span) <= LIMIT:
-                middle = middle_of(y, keep)
+                middle = common(y, keep)
                 weight = powers(x, k_top, keep)
                 a, b = shifted((k_top[None, :] - top) + w_top[:, None], g, r, middle[None, :])
                 s = product(a, tl.trans(weight * (y - middle[None, :])), k.dtype.element_ty)
