@@ -326,10 +326,15 @@ def forward(
             raised = tl.maximum(top, k_top[None, :] + w_top[:, None])
             by, here = tl.exp(top - raised), small((k_top[None, :] - raised) + w_top[:, None])
             rows = tl.exp(bias - w_top[:, None])
-            middle = common(y, keep)[None, :]
-            more = product(rows, weight, k.dtype.element_ty) * here
-            num, den = num * by + middle * more, den * by + more
-            num += product(rows, weight * (y - middle), k.dtype.element_ty) * here
+            if k.dtype.element_ty == tl.float32:
+                # Not rounded; the form below would spill 8 KiB (compute capability 9.0).
+                num = num * by + product(rows, weight * y, tl.float32) * here
+                den = den * by + product(rows, weight, tl.float32) * here
+            else:
+                middle = common(y, keep)[None, :]
+                more = product(rows, weight, k.dtype.element_ty) * here
+                num, den = num * by + middle * more, den * by + more
+                num += product(rows, weight * (y - middle), k.dtype.element_ty) * here
             top = raised
         else:
             for i in range(BLOCK):
