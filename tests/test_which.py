@@ -88,7 +88,7 @@ def test_stay_with_softmax_and_the_file(tmp_path, capsys):
 @pytest.mark.parametrize("train", [False, True])
 def test_a_tiny_network_in_seconds(train, tmp_path, capsys):
     out = tmp_path / "which.json"
-    arguments = ["--img-size", "16", "24", "--batch", "3", "--budget", "2", "--device", "cpu"]
+    arguments = ["--img-size", "16", "24", "--batch", "3", "--budget", "8", "--device", "cpu"]
     arguments += ["--mechanisms", "sima", "aft_full", "--out", str(out), *["--train"] * train]
     assert cli.main(["which", "vit_mini", *arguments]) == 0
     rows = json.loads(out.read_text())["rows"]

@@ -36,7 +36,7 @@ def _forward_matrix(
     acc *= (common / by)[:, None]
     near = inverse_power(tl.max(tl.abs(acc), 0))
     acc *= near[None, :]
-    length, floor = tl.sqrt(tl.sum(acc * acc, 0)), eps * common * near
+    length, floor = tl.sqrt(tl.sum(acc * acc, 0)), eps * (common * near)
     free = length > floor
     length = tl.maximum(length, floor)
     acc /= length[None, :]
