@@ -116,8 +116,8 @@ class SOFT(Mixer):
         ).to(v.dtype)
         y = y.transpose(1, 2)  # (B, N, H, D)
         if self.conv is not None:
-            # Tokens are an image with its channels last: nothing is moved, and a depth-wise convolution takes a
-            # quarter of the time of one over heads (64 images of 8 x 8, with gradients).
+            # Tokens are an image with its channels last: nothing is moved, and a depth-wise convolution takes
+            # a quarter of the time of one over heads (64 images of 8 x 8, with gradients).
             image = v[:, :, prefix:].transpose(1, 2).flatten(2).mT.unflatten(-1, (rows, columns))
             filters = self.conv.weight.repeat_interleave(self.head_dim, 0)
             image = F.conv2d(image, filters, padding=self.conv.padding, groups=image.shape[1])
