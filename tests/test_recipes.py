@@ -211,7 +211,7 @@ TABLES = {
             "num_heads": 6,
             "class_token": False,
             "stem": "conv",
-            "mechanism_args": {"landmarks": 16},
+            "mechanism_args": {"landmarks": 16, "conv_size": 5},
         },
         "img_size": 32,
         "epochs": 100,
@@ -223,7 +223,7 @@ TABLES = {
         "augment.shift": 0.125,
         "augment.mixup": 0.2,
         "augment.mix_prob": 0.5,
-        "optim.lr": 1e-3,
+        "optim.lr": 3e-3,
     },
     "digits_xnorm": {
         **SMALL,
