@@ -43,6 +43,13 @@ def gradients(name, dtype, backend):
 
 
 @each
+def test_explain_prints_the_backend_and_why(name, capsys):
+    arguments, options = example(name)
+    run(name, arguments, options, explain=True)
+    assert f"sansmax.{name.replace('.', '_')}: fused, because " in capsys.readouterr().out
+
+
+@each
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("grad", [False, True])
 def test_fused_equals_reference(name, batch, grad, error):

@@ -1,5 +1,6 @@
 """What holds for every kernel: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -182,6 +183,18 @@ def test_cross_attention_and_sums_in_parts(name, queries, keys, dim, value_dim, 
     assert_in_budget(name, arguments, {}, torch.float32, error)
 
 
+@pytest.mark.parametrize("name", ["sima", "xnorm", "soft", "external"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_part_of_many_blocks_whose_tokens_grow(name, dtype, error, monkeypatch):
+    """What is summed so far is brought to the scale of what comes."""
+    monkeypatch.setattr("sansmax.ops._triton.WAVES", 0)
+    arguments, options = example(name, False, batch=1, tokens=200, dim=8, dtype=torch.float64)
+    growing = torch.logspace(-2, 0 if name in ("soft", "external") else 4, 200, dtype=torch.float64)
+    growing = growing[:, None].to(DEVICE)
+    arguments = [(a * growing if 200 in a.shape else a).to(dtype) for a in arguments]
+    assert_in_budget(name, arguments, options, dtype, error)
+
+
 def test_explain_says_which_backend_serves_and_why(capsys):
     (q, k, v), _ = example("sima", False, dim=160, dtype=torch.float32)
     OPERATORS["sima"][1](q, k, v, explain=True)
@@ -189,6 +202,16 @@ def test_explain_says_which_backend_serves_and_why(capsys):
     assert f"sansmax.sima: fused, because {reason}" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"head width 160 is above 128.*use backend='fused' or 'auto'"):
         OPERATORS["sima"][1](q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_causal_form_is_computed_or_refused(name):
+    (_, function), forms = OPERATORS[name], {causal for op, causal in FORMS if op == name}
+    if True in forms or "causal" not in inspect.signature(function).parameters:
+        return
+    arguments, options = example(name, False, dtype=torch.float32)
+    with pytest.raises(ValueError, match="the causal form has no kernel; use backend='fused' or 'auto'"):
+        function(*arguments, **options, causal=True, backend="triton")
 
 
 @pytest.mark.parametrize("name", OPERATORS)

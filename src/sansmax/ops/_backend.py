@@ -23,7 +23,13 @@ _WITH_KERNEL = frozenset(
 
 
 def choose(
-    op: str, backend: str, x: torch.Tensor, limits: Limits = (), *, explain: bool = False
+    op: str,
+    backend: str,
+    x: torch.Tensor,
+    limits: Limits = (),
+    *,
+    unserved: str | None = None,
+    explain: bool = False,
 ) -> tuple[str, str]:
     """Which implementation of `op` serves `x`, and why: ("fused", "cpu tensors have no kernel").
 
@@ -31,15 +37,16 @@ def choose(
         op: the module path below sansmax.ops ("sima", "aft.full").
         backend: "auto" follows the environment variable SANSMAX_BACKEND where that is set.
         limits: (what, size, the largest that the kernel serves) for each size that it does not take freely.
+        unserved: why the kernel does not serve what else is asked for; None where it does.
         explain: prints the answer too.
     """
-    name, reason = _choose(op, backend, x, limits)
+    name, reason = _choose(op, backend, x, limits, unserved)
     if explain:
         print(f"sansmax.{op.replace('.', '_')}: {name}, because {reason}")
     return name, reason
 
 
-def _choose(op: str, backend: str, x: torch.Tensor, limits: Limits) -> tuple[str, str]:
+def _choose(op: str, backend: str, x: torch.Tensor, limits: Limits, unserved: str | None) -> tuple[str, str]:
     asked = backend
     if backend == "auto":
         backend = os.environ.get("SANSMAX_BACKEND", "auto")
@@ -50,7 +57,7 @@ def _choose(op: str, backend: str, x: torch.Tensor, limits: Limits) -> tuple[str
         )
     if backend in ("reference", "fused"):
         return backend, f"asked for by name ({asked})"
-    refusal = _triton_refusal(op, x, limits, backend == "triton")
+    refusal = _triton_refusal(op, x, limits, backend == "triton") or unserved
     if refusal is None:
         return "triton", f"{x.device.type} tensors of {x.dtype} have a kernel"
     if backend == "triton":

@@ -62,8 +62,9 @@ def xnorm(
     if gamma is not None:
         _check.floating("xnorm", q=q, gamma=gamma.to(q.dtype) if gamma.is_floating_point() else gamma)
         _check.shape("xnorm", "gamma", gamma, (q.shape[1],), "gamma is one number per head")
+    unserved = "the causal form has no kernel" if causal else None
     limits = ("head width", q.shape[3], WIDEST), ("value width", v.shape[3], WIDEST)
-    name, _ = choose("xnorm", backend, q, limits, explain=explain)
+    name, _ = choose("xnorm", backend, q, limits, unserved=unserved, explain=explain)
     q = _check.finite_queries(mask, q)
     if name == "triton":
         from . import triton

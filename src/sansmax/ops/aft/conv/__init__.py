@@ -50,6 +50,7 @@ def aft_conv(
     mask: Tensor | None = None,
     prefix_tokens: int = 0,
     backend: str = "auto",
+    explain: bool = False,
 ) -> Tensor:
     """AFT-conv (see the module for the equation).
 
@@ -61,6 +62,7 @@ def aft_conv(
         mask: (B, T) bool, True = keep. A masked token enters no sum; where a sum is empty the output is 0.
         prefix_tokens: how many tokens at the start lie outside the sequence or grid.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
+        explain: prints which backend serves the inputs, and why.
 
     Returns:
         (B, T, C) in the dtype of q.
@@ -69,7 +71,7 @@ def aft_conv(
         ValueError, TypeError: shapes, dtypes, devices, an even centred kernel or backend do not fit.
     """
     kernel, cells = _checked(q, k, v, w, grid, causal, mask, prefix_tokens)
-    name, _ = choose("aft.conv", backend, q)
+    name, _ = choose("aft.conv", backend, q, explain=explain)
     if mask is not None:
         k, v = k.masked_fill(~mask[..., None], -torch.inf), v.masked_fill(~mask[..., None], 0)
     body = reference if name == "reference" else fused.aft_conv
