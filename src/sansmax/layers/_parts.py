@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._split import split_heads
 from ..ops.external import external, external_map
 from ._contract import Grid, Mixer
 
@@ -46,8 +47,7 @@ class HeadsMixer(Mixer):
     def heads(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, C), context (B, M, C) -> q (B, H, N, D), k, v (B, H, M, D), strided views."""
         if context is None:
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, D)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = split_heads(self.qkv(x), self.num_heads)
         else:
             weight, bias, rows = self.qkv.weight, self.qkv.bias, self.attn_dim
             q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])

@@ -21,6 +21,7 @@ from .. import layers
 from ..layers import Mixer
 from ..layers._contract import Grid
 from ..ops._backend import no_autocast
+from ..ops._split import split_heads
 from ._inference import scale_outputs
 
 __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
@@ -58,8 +59,7 @@ class SimAClassAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
+        q, k, v = split_heads(self.qkv(x), self.num_heads)  # (B, H, N, D)
         # In half precision 1 / N^2 weights are subnormal from about 420 tokens on.
         work = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):

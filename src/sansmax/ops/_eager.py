@@ -42,6 +42,11 @@ def overwritable(*tensors: Tensor) -> bool:
     """Whether `out=` and in-place forms serve: neither mode of automatic differentiation records them."""
     if not readable(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return False
+    return without_tangent(*tensors)
+
+
+def without_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation, which a closed gradient does not serve, passes these by."""
     return all(unpack_dual(t).tangent is None for t in tensors)
 
 

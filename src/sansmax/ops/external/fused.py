@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._backend import no_autocast
-from .._eager import finite, readable
+from .._eager import finite, overwritable, readable
 
 # Below it the row sums r of a float32 softmax can be 0 where r / (r + eps) is not.
 LINEAR_EPS = 1e-30
@@ -35,7 +35,8 @@ def _attend(
 ) -> Tensor:
     if readable(x, memory_k, memory_v):
         out = _double_norm(linear(x, memory_k), memory_v, mask, axis, eps)
-        if finite(out):
+        # One logit that overflows makes its memory row NaN for every token of the image.
+        if finite(out.select(axis, 0)):
             return out
     # Entries beyond the limit count as it: their products would overflow, and inf - inf is NaN.
     limit = torch.finfo(x.dtype).max ** 0.45
@@ -51,8 +52,8 @@ def _double_norm(a: Tensor, memory_v: Tensor, mask: Tensor | None, axis: int, ep
     if eps >= LINEAR_EPS:
         a = a.softmax(axis)
         rows = a.sum(-1, keepdim=True) + eps
-        a = linear(a, memory_v.mT)
-        return a / rows
+        a = a.div_(rows) if overwritable(a) else a / rows
+        return linear(a, memory_v.mT)
     a = a.log_softmax(axis)
     weight = torch.sigmoid(a.logsumexp(-1, keepdim=True) - math.log(eps)) if eps > 0 else 1
     a = linear(a.softmax(-1), memory_v.mT)

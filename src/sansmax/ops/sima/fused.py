@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import no_autocast
-from .._eager import finite, overwritable, readable
+from .._eager import finite, readable, without_tangent
 from .._matmul import heads_matmul
+from .._split import side_by_side
 
 # Tokens of a causal chunk: inside it the "qk" order, between chunks the running D x E matrix.
 CHUNK = 64
@@ -33,20 +34,88 @@ def sima(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, order: str) 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, eps: float, order: str) -> Tensor:
     if readable(q, k, v):
-        abs_sum = _abs_sum if overwritable(q, k) else _recorded_abs_sum
-        q_sum, k_sum = abs_sum(q).clamp(min=eps), abs_sum(k).clamp(min=eps)  # (B, H, D)
-        scale = q_sum * k_sum
-        if order == "qk":
-            out = heads_matmul(heads_matmul(q / scale[..., None, :], k.mT), v)
+        closed = order == "kv" and without_tangent(q, k, v)
+        if closed:
+            with torch.no_grad():
+                out, q_sum, k_sum, matrix = _by_matrix(q, k, v, eps)
         else:
-            out = heads_matmul(q, heads_matmul(k.mT, v) / scale[..., None])
+            q_sum, k_sum = (_recorded_abs_sum(t).clamp(min=eps) for t in (q, k))
+            out, matrix = _products(q, k, v, q_sum * k_sum, order), None
         # An overflow of k^T v reaches every row, since 0 * inf is NaN.
         if torch.maximum(q_sum, k_sum).sum().item() < LIMIT and finite(out[:, :, 0]):
+            if closed and torch.is_grad_enabled():
+                return _Closed.apply(q, k, v, eps, (out, q_sum, k_sum, matrix))
             return out
-    q, k = _unit(q, eps), _unit(k, eps)
+    return _products(_unit(q, eps), _unit(k, eps), v, None, order)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, order: str) -> Tensor:
+    """q diag(1 / scale) k^T v; scale (B, H, D)."""
     if order == "qk":
+        q = q if scale is None else q / scale[..., None, :]
         return heads_matmul(heads_matmul(q, k.mT), v)
-    return heads_matmul(q, heads_matmul(k.mT, v))
+    kv = heads_matmul(k.mT, v)
+    return heads_matmul(q, kv if scale is None else kv / scale[..., None])
+
+
+def _by_matrix(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q A, the sums of |q| and of |k|, and A = k^T v / (Sq Sk)."""
+    q_sum, k_sum = _abs_sum(q).clamp_(min=eps), _abs_sum(k).clamp_(min=eps)
+    matrix = heads_matmul(k.mT, v).div_((q_sum * k_sum)[..., None])
+    return heads_matmul(q, matrix), q_sum, k_sum, matrix
+
+
+class _Closed(torch.autograd.Function):
+    """What `_by_matrix` has found, with its gradient. From dA = q^T grad and c_d = sum_e (dA A)_de:
+
+        dq = grad A^T - sign(q) c / Sq      dk = v dM^T - sign(k) c / Sk      dv = k dM      dM = dA / (Sq Sk)
+
+    without the middle terms where a sum is at its floor. Of the inputs' size, nothing is kept but they.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, eps, found):
+        out, *small = found
+        ctx.save_for_backward(q, k, v, *small)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, q_sum, k_sum, matrix = ctx.saved_tensors
+        with no_autocast(grad):
+            if torch.is_grad_enabled():  # of a gradient of the gradient
+                return *_recorded_gradient(q, k, v, ctx.eps, grad), None, None
+            grad_matrix = heads_matmul(q.mT, grad)
+            shift = (grad_matrix * matrix).sum(-1)  # (B, H, D)
+            grad_kv = grad_matrix.div_((q_sum * k_sum)[..., None])
+            grad_q, grad_k, grad_v = side_by_side(q, k, v)
+            _subtract_sign(heads_matmul(grad, matrix.mT), q, shift, q_sum, ctx.eps, grad_q)
+            _subtract_sign(heads_matmul(v, grad_kv.mT), k, shift, k_sum, ctx.eps, grad_k)
+            grad_v.copy_(heads_matmul(k, grad_kv))
+            return grad_q, grad_k, grad_v, None, None
+
+
+def _recorded_gradient(q: Tensor, k: Tensor, v: Tensor, eps: float, grad: Tensor) -> list[Tensor | None]:
+    q_sum, k_sum = (_recorded_abs_sum(t).clamp(min=eps) for t in (q, k))
+    out = _products(q, k, v, q_sum * k_sum, "kv")
+    inputs = [t for t in (q, k, v) if t.requires_grad]
+    found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+    return [next(found) if t.requires_grad else None for t in (q, k, v)]
+
+
+def _subtract_sign(x: Tensor, of: Tensor, shift: Tensor, total: Tensor, eps: float, out: Tensor) -> None:
+    """out = x - sign(of) shift / total, the second only where `total` is above its floor."""
+    by = (shift / total).masked_fill_(total <= eps, 0)[:, :, None]
+    rows = max(1, ENTRIES * of.shape[2] // of.numel())
+    if of.shape[2] <= rows:
+        torch.addcmul(x, of.sign(), by, value=-1, out=out)
+        return
+    parts = zip(x.split(rows, 2), of.split(rows, 2), out.split(rows, 2), strict=True)
+    buffer = of.new_empty(*of.shape[:2], rows, of.shape[3])
+    for x_i, of_i, out_i in parts:
+        sign = torch.sign(of_i, out=buffer[:, :, : of_i.shape[2]])
+        torch.addcmul(x_i, sign, by, value=-1, out=out_i)
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:

@@ -5,11 +5,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._backend import no_autocast
-from .._eager import finite, overwritable, readable
+from .._eager import finite, readable, without_tangent
 from .._matmul import heads_matmul
+from .._split import side_by_side
 
 # Tokens of a causal chunk. The column norms need the D x E matrix of every token, CHUNK of them at a time.
 CHUNK = 16
+# 1 / eps, rounded, is at least this share of it.
+AT_FLOOR = 1 - 1e-6
 
 
 def xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, causal: bool, eps: float) -> Tensor:
@@ -24,18 +27,86 @@ def xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, causal: bool, e
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    kv = heads_matmul(k.mT, v)
+    inputs = [t for t in (q, k, v, gamma) if t is not None]
     # As squares, a norm that exceeds eps must not vanish in float32.
-    squares = kv.square().sum(-2, keepdim=True) if readable(q, kv) and eps >= 1e-15 else None
-    if squares is not None and finite(squares):
-        # 0.02 ms for 6 heads of 64, `unit_columns` takes 0.1.
-        kv = kv / squares.clamp(min=eps * eps).sqrt()
-    else:
-        # Scales of k and of v's channels cancel, except in eps; with them k^T v cannot overflow.
-        k_top, v_top = _top(k, (-2, -1), eps), _top(v, (-2,), eps)
-        kv = unit_columns(heads_matmul((k / k_top).mT, v / v_top), eps / k_top / v_top)
-    out, scale = heads_matmul(q, kv), row_scale(q, gamma, eps)
-    return out.mul_(scale) if overwritable(out, scale) else out * scale
+    if eps >= 1e-15 and readable(*inputs) and without_tangent(*inputs):
+        with torch.no_grad():
+            found = _by_matrix(q, k, v, gamma, eps)
+        if found is not None:
+            return _Closed.apply(q, k, v, gamma, eps, found) if torch.is_grad_enabled() else found[0]
+    # Scales of k and of v's channels cancel, except in eps; with them k^T v cannot overflow.
+    k_top, v_top = _top(k, (-2, -1), eps), _top(v, (-2,), eps)
+    kv = unit_columns(heads_matmul((k / k_top).mT, v / v_top), eps / k_top / v_top)
+    return heads_matmul(q, kv) * row_scale(q, gamma, eps)
+
+
+def _by_matrix(
+    q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, ...] | None:
+    """The output, U = k^T v with unit columns, what they and the queries were multiplied by to be unit; None
+    where squares leave the range.
+    """
+    unit = heads_matmul(k.mT, v)
+    squares, norm = unit.square().sum(-2, keepdim=True), torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+    if not (finite(squares) and finite(norm)):
+        return None
+    columns = squares.clamp_(min=eps * eps).sqrt_().reciprocal_()  # (B, H, 1, E)
+    unit *= columns
+    rows = norm.clamp_(min=eps).reciprocal_()  # (B, H, N, 1)
+    return heads_matmul(q, _scaled(unit, gamma)).mul_(rows), unit, columns, rows
+
+
+def _scaled(unit: Tensor, gamma: Tensor | None) -> Tensor:
+    return unit if gamma is None else unit * gamma.to(unit.dtype).square()[:, None, None]
+
+
+class _Closed(torch.autograd.Function):
+    """What `_by_matrix` has found, with its gradient. With q^ the unit queries, r what they were multiplied by,
+    U the unit columns of M = k^T v and s what they were multiplied by:
+
+        dU = gamma^2 q^^T grad      dM = (dU - U (U . dU)) s      dk = v dM^T      dv = k dM
+        t = r gamma^2 grad U^T      dq = t - q^ (q^ . t)          dgamma = 2 gamma sum(U q^^T grad)
+
+    without the second terms where a norm is at its floor. Of the inputs' size, nothing is kept but they.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, gamma, eps, found):
+        out, *small = found
+        ctx.save_for_backward(q, k, v, gamma, *small)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, gamma, unit, columns, rows = ctx.saved_tensors
+        with no_autocast(grad):
+            if torch.is_grad_enabled():  # of a gradient of the gradient
+                return *_recorded_gradient(q, k, v, gamma, ctx.eps, grad), None, None
+            grad = grad * rows
+            grad_unit = heads_matmul(q.mT, grad)
+            along = (unit * grad_unit).sum(-2, keepdim=True)
+            grad_gamma = None
+            if gamma is not None:
+                grad_gamma = (2 * gamma * along.sum((0, 2, 3))).to(gamma.dtype)
+            along = along.masked_fill_(columns >= AT_FLOOR / ctx.eps, 0)
+            grad_kv = _scaled(torch.addcmul(grad_unit, unit, along, value=-1).mul_(columns), gamma)
+            grad_q, grad_k, grad_v = side_by_side(q, k, v)
+            straight = heads_matmul(grad, _scaled(unit, gamma).mT)
+            along = (q * straight).sum(-1, keepdim=True).mul_(rows.square())
+            along = along.masked_fill_(rows >= AT_FLOOR / ctx.eps, 0)
+            torch.addcmul(straight, q, along, value=-1, out=grad_q)
+            grad_k.copy_(heads_matmul(v, grad_kv.mT))
+            grad_v.copy_(heads_matmul(k, grad_kv))
+            return grad_q, grad_k, grad_v, grad_gamma, None, None
+
+
+def _recorded_gradient(q, k, v, gamma, eps: float, grad: Tensor) -> list[Tensor | None]:
+    out = heads_matmul(q, unit_columns(heads_matmul(k.mT, v), eps)) * row_scale(q, gamma, eps)
+    needed = [t is not None and t.requires_grad for t in (q, k, v, gamma)]
+    inputs = [t for t, wanted in zip((q, k, v, gamma), needed, strict=True) if wanted]
+    found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
 
 
 def unit_columns(kv: Tensor, eps: Tensor | float) -> Tensor:
