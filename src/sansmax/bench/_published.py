@@ -4,11 +4,16 @@ Plain equations in the dtype of their inputs, without masks and without care for
 sansmax.ops: heads (B, H, N, D), channels (B, T, C).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..layers.soft import SOFT
 
 __all__ = [
+    "PublishedSOFT",
     "published_aft_conv",
     "published_aft_full",
     "published_aft_local",
@@ -68,6 +73,27 @@ class _Newton(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (v,) = ctx.saved_tensors
         return -v.mT @ grad @ v.mT
+
+
+class PublishedSOFT(nn.Module):
+    """A SOFT layer with `ratio` as its published torch path computes it, around that layer's own weights."""
+
+    def __init__(self, layer: SOFT) -> None:
+        super().__init__()
+        self.layer: SOFT = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: SOFT = self.layer
+        b, n, _ = x.shape
+        h, d, side = layer.num_heads, layer.head_dim, math.isqrt(n)
+        q, v = (f(x).reshape(b, n, h, d).transpose(1, 2) for f in (layer.q, layer.v))
+        q = q / d**0.25
+        tokens = layer.landmark(q.mT.reshape(b * h, d, side, side)).reshape(b, h, d, -1).mT
+        out = published_soft(q, v, F.gelu(layer.landmark_norm(tokens)))
+        if layer.conv is not None:
+            image = layer.conv(v.permute(0, 3, 1, 2).reshape(b * d, h, side, side))
+            out = out + image.reshape(b, d, h, n).permute(0, 2, 3, 1)
+        return layer.proj(out.transpose(1, 2).reshape(b, n, h * d))
 
 
 def published_external(x: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:

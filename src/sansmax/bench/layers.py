@@ -1,8 +1,13 @@
-"""Every layer, its projections included, against timm's softmax attention of the same width."""
+"""Every layer, its projections included, against timm's softmax attention of the same width.
+
+SOFT on a square grid that 7 divides is measured with 7 x 7 landmarks by a convolution of that stride, as its
+published networks have it, and against its published form too.
+"""
 
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -10,6 +15,8 @@ from timm.layers.attention import Attention
 from .. import layers
 from .._find import names as files
 from .._find import pick
+from ..layers.soft import SOFT
+from ._published import PublishedSOFT
 from .cases import Case, Form, module_form
 from .ops import Shape
 
@@ -38,12 +45,19 @@ def layer_cases(
 def _forms(name: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Form]:
     torch.manual_seed(shape.tokens)
     width, n = shape.dim, shape.tokens
-    layer = layers.mechanism(name)(width, shape.heads, device=device)
-    layer.set_input(shape.grid())
+    rows, columns = shape.grid()
+    options: dict[str, Any] = {}
+    if name == "soft" and rows == columns and rows % 7 == 0:
+        options = {"ratio": rows // 7}
+    layer = layers.mechanism(name)(width, shape.heads, device=device, **options)
+    layer.set_input((rows, columns))
     cost, softmax = layer.flops(n), layers.mechanism("softmax")(width, shape.heads, device="meta").flops(n)
     x = torch.randn(shape.batch, n, width).to(device, dtype)
     timm = Attention(width, shape.heads).to(device, dtype)
-    return {
+    forms = {
         "sansmax": module_form(layer.to(dtype), x, shape.batch * cost),
         "timm": module_form(timm, x.detach().clone(), shape.batch * softmax),
     }
+    if options and isinstance(layer, SOFT):
+        forms["published"] = module_form(PublishedSOFT(layer), x.detach().clone(), shape.batch * cost)
+    return forms

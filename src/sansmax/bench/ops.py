@@ -14,6 +14,7 @@ import sansmax
 
 from .._find import pick
 from ..ops import external, sima, soft, softmax, xnorm
+from ..ops._split import split_heads
 from ..ops.aft import conv, full, local, simple
 from . import _published as published
 from .cases import Case, Form
@@ -43,7 +44,11 @@ class Shape:
         return self.heads * self.dim
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3 H D) -> q, k, v (B, H, N, D), strided views as a layer makes them."""
+        """(B, N, 3 H D) -> q, k, v (B, H, N, D), strided views, split as our layers do."""
+        return split_heads(qkv, self.heads)
+
+    def unbind(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, as timm's layers do."""
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
@@ -91,20 +96,20 @@ OPERATORS = {
     "softmax": Operator(
         _qkv,
         lambda s, qkv, **words: sansmax.softmax(*s.split(qkv), **words),
-        lambda s, qkv: published.published_softmax(*s.split(qkv)),
+        lambda s, qkv: published.published_softmax(*s.unbind(qkv)),
         _of_heads(softmax.flops),
         lambda s: s.batch * s.heads * s.tokens**2,
     ),
     "sima": Operator(
         _qkv,
         lambda s, qkv, **words: sansmax.sima(*s.split(qkv), **words),
-        lambda s, qkv: published.published_sima(*s.split(qkv)),
+        lambda s, qkv: published.published_sima(*s.unbind(qkv)),
         _of_heads(sima.flops),
     ),
     "xnorm": Operator(
         lambda s, randn: (*_qkv(s, randn), 1 + 0.1 * randn(s.heads)),
         _xnorm,
-        lambda s, qkv, gamma: published.published_xnorm(*s.split(qkv), gamma=gamma),
+        lambda s, qkv, gamma: published.published_xnorm(*s.unbind(qkv), gamma=gamma),
         _of_heads(xnorm.flops),
     ),
     "soft": Operator(
@@ -207,7 +212,7 @@ def _forms(op: Operator, shape: Shape, backend: str, dtype: torch.dtype, device:
         ),
         "published": Form(known, leaves, known, flops, scratch=scratch),
         "sdpa": Form(
-            lambda x: F.scaled_dot_product_attention(*shape.split(x)),
+            lambda x: F.scaled_dot_product_attention(*shape.unbind(x)),
             qkv,
             functools.partial(softmax.published, shape),
             softmax.flops(shape),

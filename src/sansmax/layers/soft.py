@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import _check
 from ..ops._backend import no_autocast
+from ..ops._depthwise import depthwise
 from ..ops.soft import flops, soft
 from ._contract import Grid, Mixer, Traits
 
@@ -118,10 +119,11 @@ class SOFT(Mixer):
         if self.conv is not None:
             # Tokens are an image with its channels last: nothing is moved, and a depth-wise convolution takes
             # a quarter of the time of one over heads (64 images of 8 x 8, with gradients).
-            image = v[:, :, prefix:].transpose(1, 2).flatten(2).mT.unflatten(-1, (rows, columns))
+            image = v[:, :, prefix:].transpose(1, 2).flatten(2).unflatten(1, (rows, columns))
             filters = self.conv.weight.repeat_interleave(self.head_dim, 0)
-            image = F.conv2d(image, filters, padding=self.conv.padding, groups=image.shape[1])
-            image = image.flatten(2).mT.unflatten(-1, (self.num_heads, -1))  # (B, P, H, D)
+            with no_autocast(image):
+                image = depthwise(image, filters.to(image.dtype))
+            image = image.flatten(1, 2).unflatten(-1, (self.num_heads, -1))  # (B, P, H, D)
             y = y + F.pad(image, (0, 0, 0, 0, prefix, 0))
         return y.flatten(2)
 

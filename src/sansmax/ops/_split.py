@@ -19,15 +19,18 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for the gradients of q, k, v (B, H, N, D): where all are alike, views of one (B, N, 3 H D)."""
+    """Empty tensors for the gradients of q, k, v (B, H, N, D): where these are alike, views of one
+    (B, N, 3 H D)."""
     if q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype:
         b, h, n, d = q.shape
         return _views(q.new_empty(b, n, 3 * h * d), h)
-    return tuple(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+    return q, k, v
 
 
 def _views(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 class _Split(torch.autograd.Function):
@@ -40,7 +43,7 @@ class _Split(torch.autograd.Function):
         ctx.width = inputs[0].shape[2]
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled():  # of a gradient of the gradient: recorded
             return torch.stack(grads).permute(1, 3, 0, 2, 4).flatten(2), None
         b, _, n, _ = grads[0].shape

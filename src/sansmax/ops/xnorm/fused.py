@@ -61,8 +61,8 @@ def _scaled(unit: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 class _Closed(torch.autograd.Function):
-    """What `_by_matrix` has found, with its gradient. With q^ the unit queries, r what they were multiplied by,
-    U the unit columns of M = k^T v and s what they were multiplied by:
+    """What `_by_matrix` has found, with its gradient. With q^ = r q the unit queries and U = M s the unit
+    columns of M = k^T v:
 
         dU = gamma^2 q^^T grad      dM = (dU - U (U . dU)) s      dk = v dM^T      dv = k dM
         t = r gamma^2 grad U^T      dq = t - q^ (q^ . t)          dgamma = 2 gamma sum(U q^^T grad)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._backend import no_autocast
+from ..._depthwise import depthwise
 from ..._eager import holds_values
 from .. import _triple
 from ._regions import by_regions, distance
@@ -25,9 +26,6 @@ _LOWEST_SUM, _HIGHEST_W = -60.0, 40.0
 
 # Up to this length a matrix sums the tokens out of reach faster than cumulative sums do.
 _SHORT = 256
-
-# From this many taps on PyTorch's own kernel gradient on the CPU takes 3 to 25 times as long as ours.
-_TAPS_OF_OWN_GRADIENT = 25
 
 
 def aft_conv(
@@ -85,7 +83,7 @@ def _by_convolution(
     cells = x[:, prefix:].unflatten(1, grid)  # (B, rows, columns, C + H)
     taps = w.expm1() if short is None else w.clamp(max=_HIGHEST_W).exp()
     kernel = torch.cat([taps.repeat_interleave(width, 0), taps]).unsqueeze(1)
-    sums = _depthwise(cells, kernel)
+    sums = depthwise(cells, kernel)
     if short is None:
         sums = sums.flatten(1, 2) + x.sum(1, keepdim=True)
     else:
@@ -119,45 +117,3 @@ def _far(x: Tensor, reach: int, short: bool) -> Tensor:
     before = F.pad(x.cumsum(-2), (0, 0, reach + 1, 0)).narrow(-2, 0, length)
     after = F.pad(x.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, reach + 1)).narrow(-2, reach + 1, length)
     return before + after
-
-
-def _depthwise(cells: Tensor, kernel: Tensor) -> Tensor:
-    """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside."""
-    # Channels last in memory: no copy. A (T, T) matrix per head gathered from w takes 2 to 300 times as long.
-    x = cells.movedim(-1, 1)
-    if not x.is_cpu:
-        return _convolve(x.contiguous(), kernel).movedim(1, -1)  # channels last, cuDNN would round to TF32
-    own = kernel[0].numel() >= _TAPS_OF_OWN_GRADIENT
-    return (_Depthwise.apply if own else _convolve)(x, kernel).movedim(1, -1)
-
-
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    return F.conv2d(x, kernel, padding=_reach(kernel), groups=x.shape[1])
-
-
-def _reach(kernel: Tensor) -> tuple[int, int]:
-    return kernel.shape[2] // 2, kernel.shape[3] // 2
-
-
-class _Depthwise(torch.autograd.Function):
-    """`_convolve`, whose kernel gradient is a convolution of the input with the output's gradient."""
-
-    @staticmethod
-    def forward(x, kernel):
-        return _convolve(x, kernel)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (grad,), (x, kernel) = grads, ctx.saved_tensors
-        rows, columns = _reach(kernel)
-        b, c = grad.shape[:2]
-        # Padded beforehand: with padding that wide the library's convolution falls back to a loop.
-        padded = F.pad(x, (columns, columns, rows, rows)).contiguous()
-        grad_kernel = F.conv2d(
-            padded.view(1, b * c, *padded.shape[2:]), grad.reshape(b * c, 1, *grad.shape[2:]), groups=b * c
-        )
-        return _convolve(grad, kernel.flip(-2, -1)), grad_kernel.view(b, *kernel.shape).sum(0)
