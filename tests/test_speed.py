@@ -58,6 +58,22 @@ def test_operators_agree_with_their_published_form_before_they_are_timed(tmp_pat
     assert "aft_simple" in capsys.readouterr().out
 
 
+def test_causal_forms_agree_too(tmp_path):
+    out = tmp_path / "ops.json"
+    assert bench("ops", *TINY, "--causal", "--out", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["op"] for row in rows} == set(ops.OPERATORS) - {"soft", "external"}
+    assert all(row["causal"] and list(row["forms"]) == ["sansmax", "published", "sdpa"] for row in rows)
+
+
+def test_soft_on_a_published_grid_meets_its_published_form(tmp_path):
+    out = tmp_path / "layers.json"
+    assert bench("layers", "soft", "--tokens", 196, "--heads", 2, "--dim", 16, "--out", out) == 0
+    for row in json.loads(out.read_text())["rows"]:
+        assert row["error"] <= row["budget"]
+        assert list(row["forms"]) == ["sansmax", "timm", "published"]
+
+
 def test_what_a_pass_moves_and_computes():
     x, weight = torch.zeros(3, 5), torch.zeros(5, 7)
     form = cases.Form(torch.mm, (x, weight), None, 2 * 3 * 5 * 7)
@@ -156,6 +172,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
     ("arguments", "words"),
     [
         (("ops", "simaa"), "unknown name 'simaa' in operators"),
+        (("ops", "soft", "--causal"), "unknown name 'soft' in causal operators"),
         (("layers", "simaa"), "unknown name 'simaa' in layers"),
         (("networks", "sima_nano"), "unknown name 'sima_nano' in networks"),
         (("networks", "pct_cls"), "expected one that takes images, got pct_cls"),

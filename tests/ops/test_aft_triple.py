@@ -11,7 +11,10 @@ def draw(*shape, spread=1.0):
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 1055, 2049])  # around chunks of 32 and groups of 1024
-def test_scan_equals_cumulative_sums(length, error):
+@pytest.mark.parametrize("near", [True, False])
+def test_scan_equals_cumulative_sums(length, near, error, monkeypatch):
+    if not near:
+        monkeypatch.setitem(_triple.NEAR, torch.float64, 0.0)
     torch.manual_seed(length)
     k, v = draw(2, length, 1, spread=3), draw(2, length, 5)
     weights = k.exp()
@@ -24,7 +27,7 @@ def test_scan_equals_cumulative_sums(length, error):
     ):
         assert error(_triple.finish(got), sums(weights * v) / sums(weights)) < 1e-12
         assert error(got.top + got.den.log(), sums(weights).log()) < 1e-12
-        assert got.den.min() >= 1
+        assert got.den.min() >= (k.min().exp() if near else 1)
 
 
 def test_scan_survives_any_range_of_keys(error):

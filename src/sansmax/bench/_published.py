@@ -26,22 +26,37 @@ __all__ = [
 ]
 
 
-def published_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def published_softmax(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with the map written out."""
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        logits = logits.masked_fill(~torch.ones_like(logits[0, 0], dtype=torch.bool).tril(), -math.inf)
+    return logits.softmax(-1) @ v
 
 
-def published_sima(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """l1 norms over the tokens, and the order by the test N < D (SimA, published code)."""
+def published_sima(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """l1 norms over the tokens, and the order by the test N < D (SimA, published code).
+
+    Causal, which is not published, as its equation reads: prefix sums and a map.
+    """
+    if causal:
+        return ((q / q.abs().cumsum(-2) / k.abs().cumsum(-2)) @ k.mT).tril() @ v
     q, k = F.normalize(q, p=1.0, dim=-2), F.normalize(k, p=1.0, dim=-2)
     if q.shape[-2] < q.shape[-1]:
         return (q @ k.mT) @ v
     return q @ (k.mT @ v)
 
 
-def published_xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
-    """XN(q) XN(k^T v), each l2-normalised and scaled by gamma (X-ViT; ViBid, Algorithm 1)."""
+def published_xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, causal: bool = False) -> Tensor:
+    """XN(q) XN(k^T v), each l2-normalised and scaled by gamma (X-ViT; ViBid, Algorithm 1).
+
+    Causal, which is not published, as its equation reads: a D x E matrix for every token.
+    """
     gamma = gamma[:, None, None]
+    if causal:
+        kv = (k[..., :, None] * v[..., None, :]).cumsum(2)
+        rows = (gamma * F.normalize(q, dim=-1))[..., None, :]
+        return (rows @ (gamma[..., None] * F.normalize(kv, dim=-2))).squeeze(-2)
     return (gamma * F.normalize(q, dim=-1)) @ (gamma * F.normalize(k.mT @ v, dim=-2))
 
 
@@ -102,35 +117,52 @@ def published_external(x: Tensor, memory_k: Tensor, memory_v: Tensor) -> Tensor:
     return (attention / (1e-9 + attention.sum(-1, keepdim=True))) @ memory_v
 
 
-def published_aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+def published_aft_full(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool = False) -> Tensor:
     """Eq. 2 as two products with the T x T matrix exp(w)."""
     w, k = w.exp(), k.exp()
+    if causal:
+        w = w.tril()
     return q.sigmoid() * (w @ (k * v)) / (w @ k)
 
 
-def published_aft_local(q: Tensor, k: Tensor, v: Tensor, w: Tensor, window: int) -> Tensor:
+def published_aft_local(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, window: int, causal: bool = False
+) -> Tensor:
     """Eq. 2 with w = 0 at a distance of `window` and more (Eq. 4)."""
     at = torch.arange(w.shape[0], device=w.device)
     near = (at[:, None] - at).abs() < window
-    return published_aft_full(q, k, v, w.where(near, torch.zeros_like(w)))
+    return published_aft_full(q, k, v, w.where(near, torch.zeros_like(w)), causal)
 
 
-def published_aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Eq. 5: softmax of the keys over time."""
+def published_aft_simple(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Eq. 5: softmax of the keys over time; causal as two prefix sums."""
+    if causal:
+        k = k.exp()
+        return q.sigmoid() * (k * v).cumsum(1) / k.cumsum(1)
     return q.sigmoid() * (k.softmax(1) * v).sum(1, keepdim=True)
 
 
-def published_aft_conv(q: Tensor, k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Eq. 6: depth-wise convolutions with exp(w) - 1, and sums over all tokens; k (B, T, H), w (H, s, s)."""
+def published_aft_conv(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Eq. 6: depth-wise convolutions with exp(w) - 1, and sums over all tokens; k (B, T, H), w (H, s, s).
+
+    Without a grid it is the causal form over a sequence: w (H, s), zeros in front, prefix sums.
+    """
     b, t, c = v.shape
-    heads, size, _ = w.shape
+    heads, size = w.shape[:2]
     k = k.exp().mT  # (B, H, T)
     kv = k[:, :, None] * v.mT.unflatten(1, (heads, -1))  # (B, H, C/H, T)
 
     def mixed(x: Tensor) -> Tensor:
         """(B, H, E, T) -> the convolution plus the sum over all tokens."""
-        images = x.transpose(1, 2).reshape(-1, heads, *grid)
-        near = F.conv2d(images, (w.exp() - 1)[:, None], padding=size // 2, groups=heads)
+        rows = x.transpose(1, 2)
+        if grid is None:
+            near = F.conv1d(F.pad(rows.flatten(0, 1), (size - 1, 0)), (w.exp() - 1)[:, None], groups=heads)
+            return near.reshape(b, -1, heads, t).transpose(1, 2) + x.cumsum(-1)
+        near = F.conv2d(
+            rows.reshape(-1, heads, *grid), (w.exp() - 1)[:, None], padding=size // 2, groups=heads
+        )
         return near.reshape(b, -1, heads, t).transpose(1, 2) + x.sum(-1, keepdim=True)
 
     ratio = mixed(kv) / mixed(k[:, :, None])

@@ -37,6 +37,7 @@ class Shape:
     tokens: int
     heads: int
     dim: int
+    causal: bool = False
 
     @property
     def channels(self) -> int:
@@ -72,8 +73,9 @@ class Operator:
     leaves: Callable[[Shape, Randn], Leaves]
     ours: Callable[..., Tensor]  # shape, *leaves, backend=
     published: Callable[..., Tensor]  # shape, *leaves
-    flops: Callable[[Shape], int]
+    flops: Callable[[Shape], int]  # causal forms are counted like the others, maps of pairs half
     map: Callable[[Shape], int] = lambda _: 0  # entries of the published form's map of token pairs
+    causal: bool = True  # whether there is a causal form
 
 
 def _qkv(s: Shape, randn: Randn) -> Leaves:
@@ -88,29 +90,37 @@ def _of_heads(flops: Callable[..., int]) -> Callable[[Shape], int]:
     return lambda s: flops(s.batch, s.heads, s.tokens, s.tokens, s.dim, s.dim)
 
 
-def _xnorm(s: Shape, qkv: Tensor, gamma: Tensor, backend: str) -> Tensor:
-    return sansmax.xnorm(*s.split(qkv), gamma, backend=backend)
+def _pairs(s: Shape, flops: int) -> int:
+    return flops // 2 if s.causal else flops
+
+
+def _conv_leaves(s: Shape, randn: Randn) -> Leaves:
+    tokens, sizes = (s.batch, s.tokens), (KERNEL,) if s.causal else (KERNEL, KERNEL)
+    q, v = (randn(*tokens, s.channels) for _ in range(2))
+    return q, randn(*tokens, s.heads), v, randn(s.heads, *sizes)
 
 
 OPERATORS = {
     "softmax": Operator(
         _qkv,
-        lambda s, qkv, **words: sansmax.softmax(*s.split(qkv), **words),
-        lambda s, qkv: published.published_softmax(*s.unbind(qkv)),
-        _of_heads(softmax.flops),
+        lambda s, qkv, **words: sansmax.softmax(*s.split(qkv), causal=s.causal, **words),
+        lambda s, qkv: published.published_softmax(*s.unbind(qkv), causal=s.causal),
+        lambda s: _pairs(s, _of_heads(softmax.flops)(s)),
         lambda s: s.batch * s.heads * s.tokens**2,
     ),
     "sima": Operator(
         _qkv,
-        lambda s, qkv, **words: sansmax.sima(*s.split(qkv), **words),
-        lambda s, qkv: published.published_sima(*s.unbind(qkv)),
+        lambda s, qkv, **words: sansmax.sima(*s.split(qkv), causal=s.causal, **words),
+        lambda s, qkv: published.published_sima(*s.unbind(qkv), causal=s.causal),
         _of_heads(sima.flops),
+        lambda s: s.batch * s.heads * s.tokens**2 * s.causal,
     ),
     "xnorm": Operator(
         lambda s, randn: (*_qkv(s, randn), 1 + 0.1 * randn(s.heads)),
-        _xnorm,
-        lambda s, qkv, gamma: published.published_xnorm(*s.unbind(qkv), gamma=gamma),
+        lambda s, qkv, gamma, **words: sansmax.xnorm(*s.split(qkv), gamma=gamma, causal=s.causal, **words),
+        lambda s, qkv, gamma: published.published_xnorm(*s.unbind(qkv), gamma=gamma, causal=s.causal),
         _of_heads(xnorm.flops),
+        lambda s: s.batch * s.channels * s.tokens * s.dim * s.causal,
     ),
     "soft": Operator(
         lambda s, randn: (
@@ -121,6 +131,7 @@ OPERATORS = {
         lambda s, q, v, landmarks, **words: sansmax.soft(q, v, landmarks, **words),
         lambda s, q, v, landmarks: published.published_soft(q, v, landmarks),
         lambda s: soft.flops(s.batch, s.heads, s.tokens, s.dim, s.dim, LANDMARKS),
+        causal=False,
     ),
     "external": Operator(
         lambda s, randn: (
@@ -131,37 +142,35 @@ OPERATORS = {
         lambda s, x, memory_k, memory_v, **words: sansmax.external(x, memory_k, memory_v, **words),
         lambda s, x, memory_k, memory_v: published.published_external(x, memory_k, memory_v),
         lambda s: external.flops(s.batch, 1, s.tokens, s.channels, s.channels, MEMORY),
+        causal=False,
     ),
     "aft_full": Operator(
         _biased,
-        lambda s, qkv, w, **words: sansmax.aft_full(*_channels(qkv), w, **words),
-        lambda s, qkv, w: published.published_aft_full(*_channels(qkv), w),
-        lambda s: full.flops(s.batch, s.tokens, s.channels),
+        lambda s, qkv, w, **words: sansmax.aft_full(*_channels(qkv), w, causal=s.causal, **words),
+        lambda s, qkv, w: published.published_aft_full(*_channels(qkv), w, s.causal),
+        lambda s: _pairs(s, full.flops(s.batch, s.tokens, s.channels)),
         lambda s: s.tokens**2,
     ),
     "aft_local": Operator(
         _biased,
-        lambda s, qkv, w, **words: sansmax.aft_local(*_channels(qkv), w, WINDOW, **words),
-        lambda s, qkv, w: published.published_aft_local(*_channels(qkv), w, WINDOW),
+        lambda s, qkv, w, **words: sansmax.aft_local(*_channels(qkv), w, WINDOW, causal=s.causal, **words),
+        lambda s, qkv, w: published.published_aft_local(*_channels(qkv), w, WINDOW, s.causal),
         lambda s: local.flops(s.batch, s.tokens, s.channels, WINDOW),
         lambda s: s.tokens**2,
     ),
     "aft_simple": Operator(
         _qkv,
-        lambda s, qkv, **words: sansmax.aft_simple(*_channels(qkv), **words),
-        lambda s, qkv: published.published_aft_simple(*_channels(qkv)),
+        lambda s, qkv, **words: sansmax.aft_simple(*_channels(qkv), causal=s.causal, **words),
+        lambda s, qkv: published.published_aft_simple(*_channels(qkv), s.causal),
         lambda s: simple.flops(s.batch, s.tokens, s.channels),
     ),
     "aft_conv": Operator(
-        lambda s, randn: (
-            randn(s.batch, s.tokens, s.channels),
-            randn(s.batch, s.tokens, s.heads),
-            randn(s.batch, s.tokens, s.channels),
-            randn(s.heads, KERNEL, KERNEL),
+        _conv_leaves,
+        lambda s, q, k, v, w, **words: sansmax.aft_conv(
+            q, k, v, w, grid=None if s.causal else s.grid(), causal=s.causal, **words
         ),
-        lambda s, q, k, v, w, **words: sansmax.aft_conv(q, k, v, w, grid=s.grid(), **words),
-        lambda s, q, k, v, w: published.published_aft_conv(q, k, v, w, s.grid()),
-        lambda s: conv.flops(s.batch, s.tokens, s.channels, s.heads, KERNEL**2),
+        lambda s, q, k, v, w: published.published_aft_conv(q, k, v, w, None if s.causal else s.grid()),
+        lambda s: conv.flops(s.batch, s.tokens, s.channels, s.heads, KERNEL if s.causal else KERNEL**2),
     ),
 }
 
@@ -176,17 +185,22 @@ def operator_cases(
     backend: Sequence[str],
     dtype: Sequence[str],
     device: str,
+    causal: bool = False,
 ) -> Iterator[Case]:
     """Every operator at every combination of the others, the smallest first.
 
     Forms: "sansmax", "published" and "sdpa", F.scaled_dot_product_attention on q, k and v of the same shape.
+    With `causal` all three are, and of the operators those that can be.
     """
-    chosen = [pick("operators", name, OPERATORS) for name in names or OPERATORS]
+    known = {name: op for name, op in OPERATORS.items() if op.causal or not causal}
+    chosen = [pick("causal operators" if causal else "operators", name, known) for name in names or known]
     for kind, h, d, b, n, served, name in itertools.product(
         dtype, heads, dim, batch, sorted(tokens), backend, chosen
     ):
-        shape = Shape(b, n, h, d)
+        shape = Shape(b, n, h, d, causal)
         about = {"op": name, "tokens": n, "batch": b, "heads": h, "dim": d}
+        if causal:
+            about["causal"] = True
         yield Case(
             about | {"backend": served, "dtype": kind, "device": device},
             functools.partial(_forms, OPERATORS[name], shape, served, getattr(torch, kind), device),
@@ -212,7 +226,7 @@ def _forms(op: Operator, shape: Shape, backend: str, dtype: torch.dtype, device:
         ),
         "published": Form(known, leaves, known, flops, scratch=scratch),
         "sdpa": Form(
-            lambda x: F.scaled_dot_product_attention(*shape.unbind(x)),
+            lambda x: F.scaled_dot_product_attention(*shape.unbind(x), is_causal=shape.causal),
             qkv,
             functools.partial(softmax.published, shape),
             softmax.flops(shape),

@@ -37,6 +37,7 @@ def ops(
     heads: tuple[int, ...] = (6,),
     dim: tuple[int, ...] = (64,),
     backend: tuple[Literal["auto", "fused", "triton", "reference"], ...] = ("auto",),
+    causal: bool = False,
     settings: Flat = BOTH,
 ) -> int:
     """Operators against their published form and against F.scaled_dot_product_attention.
@@ -48,6 +49,7 @@ def ops(
         heads: AFT and External Attention see heads x dim channels.
         dim: width of a head.
         backend: which body of the operator.
+        causal: every token sees itself and earlier ones alone; AFT-conv is then over a sequence.
     """
     from ..bench.measure import find_device
     from ..bench.ops import KERNEL, LANDMARKS, MEMORY, WINDOW, operator_cases
@@ -60,8 +62,8 @@ def ops(
         )
     device = find_device(settings.device)
     sizes = {"tokens": tokens, "batch": batch, "heads": heads, "dim": dim, "backend": backend}
-    cases = operator_cases(names, **sizes, dtype=settings.dtype, device=device)
-    sizes = {"landmarks": LANDMARKS, "memory": MEMORY, "window": WINDOW, "kernel": KERNEL}
+    cases = operator_cases(names, **sizes, dtype=settings.dtype, device=device, causal=causal)
+    sizes = {"landmarks": LANDMARKS, "memory": MEMORY, "window": WINDOW, "kernel": KERNEL, "causal": causal}
     return speed(cases, settings, device, kind="ops", **sizes)
 
 

@@ -1,14 +1,15 @@
 """Sums of exponentially weighted values that neither overflow nor vanish, whatever the keys are.
 
 A `Triple` (num, den, top) stands for the sums `num * exp(top)` = sum_u exp(k_u) v_u and `den * exp(top)` =
-sum_u exp(k_u). `top` is the largest exponent inside, so that `den >= 1`; `top = -inf` marks an empty sum,
-whatever num and den then hold. Tokens lie in dimension -2. `den` and `top` may have one channel where `num`
-has many (a key shared by the channels of a head).
+sum_u exp(k_u). `top` is the largest exponent inside, so that `den >= 1`, or 0 where all exponents lie near
+it; `top = -inf` marks an empty sum, whatever num and den then hold. Tokens lie in dimension -2. `den` and
+`top` may have one channel where `num` has many (a key shared by the channels of a head).
 
 Gradients reach the keys through the `top` of single tokens alone; a `top` that `combine`, `scan` or `total`
 returns is detached, since the sums do not depend on it.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._eager import exporting
+from .._eager import exporting, finite, readable
+from .._matmul import prefix_sums
+
+# A sum over 2^20 tokens of exp(40) leaves float32 34 nats for large values, exp(-40) 47 for small ones.
+NEAR = {torch.float32: 40.0, torch.float64: 300.0}
 
 # Tokens of a chunk of `scan`. Two levels of 32 leave (T / 1024)^2 pairs: fewer than T while T < 2^20.
 _CHUNK, _LEVELS = 32, 2
@@ -85,11 +90,28 @@ def flip(x: Triple) -> Triple:
 
 
 def scan(x: Triple) -> Triple:
-    """Prefix sums, entry t inclusive. Any length, no branch on the length or on the values."""
+    """Prefix sums, entry t inclusive. Any length, no branch on the length; on values in eager code alone.
+
+    Where all exponents lie near 0, none is put aside: a sixth of the time (3072 tokens, 512 channels), and
+    rows do not depend on later ones by a single bit. `den` may then be as small as exp(-NEAR).
+    """
+    if readable(*x) and near(x.top.detach()):
+        weights = x.top.exp()
+        num, den = (prefix_sums(part * weights, spare=True) for part in (x.num, x.den))
+        if finite(num[..., -1, :]):  # an overflow reaches the last row
+            return Triple(num, den, torch.zeros_like(den.detach()).masked_fill_(den == 0, -torch.inf))
     top = x.top.detach().cummax(-2).values
     weights = weight(x.top, top)
     num, den = _decayed_cumsum([x.num * weights, x.den * weights], top, _LEVELS)
     return Triple(num, den, top)
+
+
+def near(top: Tensor) -> bool:
+    """Whether exp(top) and its sums need no scale; -inf counts as empty."""
+    limit, low = NEAR[top.dtype], top.amin(-2)
+    if low.sum().item() == -math.inf:
+        low = top.masked_fill(top == -torch.inf, 0).amin(-2)
+    return max(top.amax(-2).amax().item(), -low.amin().item()) <= limit
 
 
 def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:

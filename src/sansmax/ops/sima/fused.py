@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import no_autocast
-from .._eager import finite, readable, without_tangent
-from .._matmul import heads_matmul
+from .._eager import finite, overwritable, readable, without_tangent
+from .._matmul import heads_matmul, prefix_sums
 from .._split import side_by_side
 
 # Tokens of a causal chunk: inside it the "qk" order, between chunks the running D x E matrix.
@@ -148,19 +148,25 @@ def _abs_sum(x: Tensor) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
-    q_sum = q.abs().cumsum(-2).clamp(min=eps)
-    k_sum = k.abs().cumsum(-2).clamp(min=eps)
+    q_sum = prefix_sums(q.abs(), spare=True).clamp(min=eps)
+    k_sum = prefix_sums(k.abs(), spare=True).clamp(min=eps)
     if readable(q, k, v) and not finite(heads_matmul(k.mT, v)):
         # One scale per channel cancels in k / Sk. It is not the default because it looks ahead: early keys
         # that are 1e38 times smaller than the largest would vanish.
         top = k.detach().abs().amax(-2, keepdim=True).clamp(min=eps)
         k, k_sum = k / top, k_sum / top
-    weights = q / q_sum / k_sum
-    tokens = q.shape[2]
-    # (B, H, chunks, chunk, .): zeros at the end change no earlier row.
-    missing = -tokens % chunk
-    weights, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) for t in (weights, k, v))
-    kv = k.mT @ v
-    before = F.pad(kv.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
-    out = (weights @ k.mT).tril() @ v + weights @ before
-    return out.flatten(2, 3)[:, :, :tokens]
+    in_place = overwritable(q, k, v)
+    weights = torch.div(q, q_sum, out=q_sum).div_(k_sum) if in_place else q / q_sum / k_sum
+    batch, heads, tokens, _ = q.shape
+    missing = -tokens % chunk  # zeros at the end change no earlier row
+    # (B H chunks, chunk, .), contiguous: a product of views would copy each of them again.
+    weights, k, v = (
+        (F.pad(t, (0, 0, 0, missing)) if missing else t).reshape(-1, chunk, t.shape[3])
+        for t in (weights, k, v)
+    )
+    kv = torch.bmm(k.mT, v).view(batch * heads, -1, k.shape[2] * v.shape[2])
+    before = F.pad(prefix_sums(kv)[:, :-1], (0, 0, 1, 0)).view(-1, k.shape[2], v.shape[2])
+    scores = torch.bmm(weights, k.mT)
+    out = torch.bmm(scores.tril_() if in_place else scores.tril(), v)
+    out = out.baddbmm_(weights, before) if in_place else torch.baddbmm(out, weights, before)
+    return out.view(batch, heads, tokens + missing, -1)[:, :, :tokens]
