@@ -35,6 +35,11 @@ __all__ = [
     "reparameterize",
 ]
 
+# Of the kernels.
+KERNEL_FORMS = ("", "causal")
+# Channels of a head that the kernels serve.
+WIDEST = 128
+
 # Weights (B, H, rows, T) that the reference holds at a time.
 _REFERENCE_ENTRIES = 2**22
 
@@ -71,7 +76,13 @@ def aft_conv(
         ValueError, TypeError: shapes, dtypes, devices, an even centred kernel or backend do not fit.
     """
     kernel, cells = _checked(q, k, v, w, grid, causal, mask, prefix_tokens)
-    name, _ = choose("aft.conv", backend, q, explain=explain)
+    limits = (("head width", q.shape[2] // k.shape[2], WIDEST),)
+    name, _ = choose("aft.conv", backend, q, limits, explain=explain)
+    q = _check.finite_queries(mask, q)
+    if name == "triton":
+        from . import triton
+
+        return triton.aft_conv(q, k, v, kernel, mask, cells, causal, prefix_tokens)
     if mask is not None:
         k, v = k.masked_fill(~mask[..., None], -torch.inf), v.masked_fill(~mask[..., None], 0)
     body = reference if name == "reference" else fused.aft_conv
