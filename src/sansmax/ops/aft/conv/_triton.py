@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..._triton import kept
-from .._triton import INFINITY, LOWEST, common, gate_of, joined, product
+from .._triton import INFINITY, LOWEST, common, gate_of, joined, product, tile
 
 # Where k is so large that top is rounded by more, an exponent is cut off.
 LARGEST = tl.constexpr(20.0)
@@ -115,14 +115,6 @@ def beyond(
 
 
 @triton.jit
-def values_of(pointer, batch, n, c, inside, dim, stride_b, stride_n, stride_c):
-    """A block of tokens of one head as it lies, zeros outside; `product` takes bfloat16 or float32."""
-    at = pointer + batch * stride_b + n.to(tl.int64)[:, None] * stride_n + c[None, :] * stride_c
-    x = tl.load(at, mask=inside[:, None] & (c < dim)[None, :], other=0.0)
-    return x if x.dtype == tl.bfloat16 else x.to(tl.float32)
-
-
-@triton.jit
 def keys_of(k, batch, n, keep, stride_b, stride_n):
     """Keys of one head, -inf for those left out."""
     at = k + batch * stride_b + n.to(tl.int64) * stride_n
@@ -130,10 +122,26 @@ def keys_of(k, batch, n, keep, stride_b, stride_n):
 
 
 @triton.jit
-def bias_of(w, row, column, kernel_rows, kernel_columns, w_r, w_c):
-    """w at the taps (row, column), 0 outside the kernel."""
-    inside = (row >= 0) & (row < kernel_rows) & (column >= 0) & (column < kernel_columns)
-    return tl.load(w + row * w_r + column * w_c, mask=inside, other=0.0).to(tl.float32)
+def bias_of(
+    w,
+    t_r,
+    t_c,
+    u_r,
+    u_c,
+    centre_row,
+    centre_column,
+    kernel_rows,
+    kernel_columns,
+    w_r,
+    w_c,
+    CAUSAL: tl.constexpr,
+):
+    """w for the queries t and the keys u, 0 outside the kernel; causal, -inf for keys of the future."""
+    row, column = u_r - t_r + centre_row, u_c - t_c + centre_column
+    inside = (row.to(tl.uint32) < kernel_rows) & (column.to(tl.uint32) < kernel_columns)
+    at = (u_r * w_r + u_c * w_c) - ((t_r - centre_row) * w_r + (t_c - centre_column) * w_c)
+    bias = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(u_c <= t_c, bias, -INFINITY) if CAUSAL else bias
 
 
 @triton.jit
@@ -193,7 +201,7 @@ def key_totals(
     _, _, _, _, u, inside = place(block, prefix, rows, columns, prefix_rows, block_columns, BLOCK, ROWS)
     keep = kept(mask, batch, u, inside, mask_b, mask_n, MASKED)
     x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
-    y = values_of(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c).to(tl.float32)
+    y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
     top = tl.maximum(tl.max(x, 0), LOWEST)
     p = tl.exp(x - top)
     num, den = tl.sum(p[:, None] * y, 0), tl.zeros([C], tl.float32) + tl.sum(p, 0)
@@ -292,18 +300,21 @@ def forward(
         u, there = tokens_at(u_r, u_c, prefix, rows, columns)
         keep = kept(mask, batch, u, there, mask_b, mask_n, MASKED)
         x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
-        y = values_of(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
+        y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
         bias = bias_of(
             w + head * w_h,
-            (u_r[None, :] - t_r[:, None]) + centre_row,
-            (u_c[None, :] - t_c[:, None]) + centre_column,
+            t_r[:, None],
+            t_c[:, None],
+            u_r[None, :],
+            u_c[None, :],
+            centre_row,
+            centre_column,
             kernel_rows,
             kernel_columns,
             w_r,
             w_c,
+            CAUSAL,
         )
-        if CAUSAL:
-            bias = tl.where(u_c[None, :] <= t_c[:, None], bias, -INFINITY)
         raised = tl.maximum(top, tl.max(x[None, :] + bias, 1))
         p = rounded(power((x[None, :] - raised[:, None]) + bias), v.dtype.element_ty)
         by = tl.exp(top - raised)
@@ -313,7 +324,7 @@ def forward(
     empty = den == 0
     den = tl.where(empty, 1.0, den)
     r = num / den[:, None]
-    gate = gate_of(values_of(q + head * dim * q_c, batch, t, c, inside, dim, q_b, q_n, q_c).to(tl.float32))
+    gate = gate_of(tile(q + head * dim * q_c, batch, t, c, inside, dim, q_b, q_n, q_c))
     at = (batch * tokens + t.to(tl.int64)[:, None]) * heads * dim + head * dim + c[None, :]
     here = inside[:, None] & (c < dim)[None, :]
     tl.store(out + at, (gate * r).to(out.dtype.element_ty), mask=here)
@@ -357,9 +368,9 @@ def query_totals(
     image = batch * heads + head
     c = tl.arange(0, C)
     _, _, _, _, t, inside = place(block, prefix, rows, columns, prefix_rows, block_columns, BLOCK, ROWS)
-    gate = gate_of(values_of(q + head * dim * q_c, batch, t, c, inside, dim, q_b, q_n, q_c).to(tl.float32))
-    g = values_of(grad + head * dim * grad_c, batch, t, c, inside, dim, grad_b, grad_n, grad_c)
-    g = gate * g.to(tl.float32)
+    gate = gate_of(tile(q + head * dim * q_c, batch, t, c, inside, dim, q_b, q_n, q_c))
+    g = tile(grad + head * dim * grad_c, batch, t, c, inside, dim, grad_b, grad_n, grad_c)
+    g *= gate
     at = (batch * tokens + t.to(tl.int64)[:, None]) * heads * dim + head * dim + c[None, :]
     here = inside[:, None] & (c < dim)[None, :]
     r = tl.load(means + at, mask=here, other=0.0)
@@ -379,7 +390,8 @@ def queries_of(grads, means, tops, batch, head, heads, t, c, inside, tokens, dim
     """g, r and top of a block of queries; outside as without keys."""
     at = (batch * tokens + t.to(tl.int64)[:, None]) * heads * dim + head * dim + c[None, :]
     here = inside[:, None] & (c < dim)[None, :]
-    g, r = tl.load(grads + at, mask=here, other=0.0), tl.load(means + at, mask=here, other=0.0)
+    g = tl.load(grads + at, mask=here, other=0.0).to(tl.float32)
+    r = tl.load(means + at, mask=here, other=0.0)
     top = tl.load(tops + (batch * heads + head) * tokens + t, mask=inside, other=-LOWEST)
     return g, r, top
 
@@ -445,7 +457,7 @@ def backward(
     )
     keep = kept(mask, batch, u, there, mask_b, mask_n, MASKED)
     x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
-    y = values_of(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c).to(tl.float32)
+    y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
     middle = common(y, keep)
     y -= middle[None, :]
     to_k, to_v = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, C], tl.float32)
@@ -468,9 +480,9 @@ def backward(
             True,
             SEVERAL,
         )
-        p = power(x + tl.max(high, 0))
-        to_v += p[:, None] * a[None, :]
-        to_k += p * tl.sum(y * a[None, :] - (b - middle * a)[None, :], 1)
+        far = power(x + tl.max(high, 0))
+        to_v += far[:, None] * a[None, :]
+        to_k += far * tl.sum(y * a[None, :] - (b - middle * a)[None, :], 1)
     width = end - first
     for i in range((row_end - row_first) * width):
         t_r, t_c = cells(row_first + i // width, first + i % width, BLOCK, ROWS)
@@ -478,19 +490,22 @@ def backward(
         g, r, top = queries_of(grads, means, tops, batch, head, heads, t, c, inside, tokens, dim)
         bias = bias_of(
             w + head * w_h,
-            (u_r[:, None] - t_r[None, :]) + centre_row,
-            (u_c[:, None] - t_c[None, :]) + centre_column,
+            t_r[None, :],
+            t_c[None, :],
+            u_r[:, None],
+            u_c[:, None],
+            centre_row,
+            centre_column,
             kernel_rows,
             kernel_columns,
             w_r,
             w_c,
+            CAUSAL,
         )
-        if CAUSAL:
-            bias = tl.where(u_c[:, None] <= t_c[None, :], bias, -INFINITY)
         p = power((x[:, None] - top[None, :]) + bias)
         to_v += product(p, g, v.dtype.element_ty)
         s = product(y, tl.trans(g), v.dtype.element_ty)
-        s -= tl.sum(g.to(tl.float32) * (r - middle[None, :]), 1)[None, :]
+        s -= tl.sum(g * (r - middle[None, :]), 1)[None, :]
         to_k += tl.sum(p * s, 1)
     at = (batch * tokens + u.to(tl.int64)) * heads + head
     tl.store(dk + at, to_k.to(dk.dtype.element_ty), mask=there)
@@ -549,15 +564,18 @@ def bias_backward(
     u_r, u_c = cells(by_row, by_column, BLOCK, ROWS)
     bias = bias_of(
         w + head * w_h,
-        (u_r[None, :] - t_r[:, None]) + centre_row,
-        (u_c[None, :] - t_c[:, None]) + centre_column,
+        t_r[:, None],
+        t_c[:, None],
+        u_r[None, :],
+        u_c[None, :],
+        centre_row,
+        centre_column,
         kernel_rows,
         kernel_columns,
         w_r,
         w_c,
+        CAUSAL,
     )
-    if CAUSAL:
-        bias = tl.where(u_c[None, :] <= t_c[:, None], bias, -INFINITY)
     # The blocks of queries whose partner is in the grid.
     row_first, column_first = tl.maximum(-by_row, 0), tl.maximum(-by_column, 0)
     height, width = block_rows - tl.abs(by_row), block_columns - tl.abs(by_column)
@@ -574,10 +592,10 @@ def bias_backward(
         u, there = tokens_at(u_r, u_c, prefix, rows, columns)
         keep = kept(mask, batch, u, there, mask_b, mask_n, MASKED)
         x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
-        y = values_of(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c).to(tl.float32)
+        y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
         middle = common(y, keep)
         s = product(g, tl.trans(y - middle[None, :]), v.dtype.element_ty)
-        s -= tl.sum(g.to(tl.float32) * (r - middle[None, :]), 1)[:, None]
+        s -= tl.sum(g * (r - middle[None, :]), 1)[:, None]
         to_w += power((x[None, :] - top[:, None]) + bias) * s
     i = tl.arange(0, BLOCK)
     at = pairs + ((part * heads + head) * offsets + offset) * BLOCK * BLOCK

@@ -16,7 +16,7 @@ from ... import _triton as shared
 from .. import _triton as tiles
 from . import _triton as kernels
 
-# Cells of a block.
+# Cells of a block; half of them where registers or shared memory would not suffice.
 BLOCK = 64
 # Taps of a program that adds up their gradients.
 TAPS = 16
@@ -28,7 +28,8 @@ class Blocks(NamedTuple):
     prefix: int
     rows: int
     columns: int
-    shape: tuple[int, int]  # of a block
+    size: int  # cells of a block
+    shape: tuple[int, int]  # their rows and columns
     prefix_rows: int  # rows of blocks in front of the grid
     block_rows: int
     block_columns: int
@@ -67,20 +68,23 @@ class Blocks(NamedTuple):
         return self.prefix > 0 or min(up, down) < last_row or min(left, right) < last_column
 
 
-def blocks(w: Tensor, grid: tuple[int, int], causal: bool, prefix: int) -> Blocks:
+def blocks(v: Tensor, w: Tensor, grid: tuple[int, int], causal: bool, prefix: int) -> Blocks:
     rows, columns = grid
+    whole = v.dtype == torch.bfloat16 or (v.dtype == torch.float16 and v.shape[2] // w.shape[0] <= 64)
+    size = BLOCK if whole else max(16, BLOCK // 2)
     _, kernel_rows, kernel_columns = w.shape
-    height = min(triton.next_power_of_2(rows), 1 << (BLOCK.bit_length() - 1) // 2)
-    width = min(triton.next_power_of_2(columns), BLOCK // height)
-    height = BLOCK // width
+    height = min(triton.next_power_of_2(rows), 1 << (size.bit_length() - 1) // 2)
+    width = min(triton.next_power_of_2(columns), size // height)
+    height = size // width
     up, left = kernel_rows // 2, kernel_columns - 1 if causal else kernel_columns // 2
     block_columns = triton.cdiv(columns, width)
     return Blocks(
         prefix,
         rows,
         columns,
+        size,
         (height, width),
-        triton.cdiv(prefix, BLOCK * block_columns),
+        triton.cdiv(prefix, size * block_columns),
         triton.cdiv(rows, height),
         block_columns,
         (up, up, left, 0 if causal else left),
@@ -89,8 +93,14 @@ def blocks(w: Tensor, grid: tuple[int, int], causal: bool, prefix: int) -> Block
     )
 
 
-def _options(layout: Blocks, dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"BLOCK": BLOCK, "ROWS": layout.shape[0], "C": shared.padded(dim)}
+def _options(layout: Blocks, dim: int) -> dict[str, Any]:
+    return {
+        "BLOCK": layout.size,
+        "ROWS": layout.shape[0],
+        "C": shared.padded(dim),
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
 def _sums(x: Tensor, layout: Blocks, images: int, dim: int) -> Tensor:
@@ -137,12 +147,12 @@ def _aft_conv(
     causal: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; the means (B, T, C); (2, B, H, T): exponents and 1 / denominators. Nothing unless `keep`."""
+    """The output; unless `keep` nothing, else means (B, T, C); (2, B, H, T): exponents, 1 / denominators."""
     batch, tokens, channels = q.shape
     heads = k.shape[2]
     dim = channels // heads
-    layout = blocks(w, (rows, columns), causal, prefix)
-    options = _options(layout, dim, q.dtype) | {"MASKED": mask is not None}
+    layout = blocks(v, w, (rows, columns), causal, prefix)
+    options = _options(layout, dim) | {"MASKED": mask is not None}
     beyond = layout.beyond(causal)
     pointer = shared.pointer(mask, q)
     strips = whole = q
@@ -228,12 +238,12 @@ def _aft_conv_backward(
     batch, tokens, channels = q.shape
     heads = k.shape[2]
     dim = channels // heads
-    layout = blocks(w, (rows, columns), causal, prefix)
+    layout = blocks(v, w, (rows, columns), causal, prefix)
     beyond = layout.beyond(causal)
-    options = _options(layout, dim, q.dtype)
+    options = _options(layout, dim)
     tops, inverse = numbers
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    # Products take bfloat16 or float32.
+    # float16's range is too small.
     grads = torch.empty_like(means, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
     sums = strips = whole = q
     if beyond:
@@ -290,7 +300,7 @@ def _aft_conv_backward(
     offsets = offset_rows * offset_columns
     grid_blocks = batch * layout.block_rows * layout.block_columns
     count = min(grid_blocks, max(1, shared.programs(q.device) // (heads * offsets)))
-    pairs = q.new_empty(count, heads, offsets, BLOCK, BLOCK, dtype=torch.float32)
+    pairs = q.new_empty(count, heads, offsets, layout.size, layout.size, dtype=torch.float32)
     kernels.bias_backward[offsets, heads, count](
         *inputs,
         grads,
@@ -322,7 +332,7 @@ def _aft_conv_backward(
         left,
         *layout.centre,
         *layout.kernel,
-        BLOCK=BLOCK,
+        BLOCK=layout.size,
         ROWS=layout.shape[0],
         TAPS=TAPS,
     )
