@@ -260,9 +260,15 @@ def aft_conv_step(
     return (q.sigmoid() * average.flatten(1)).to(dtype), AFTConvState(left, keys[:, :, 1:], values[:, :, 1:])
 
 
-def example(batch=2, heads=3, tokens=11, dim=5, *, dtype=torch.float64, device="cpu", seed=0):
-    """Typical positional tensors, C = heads * dim and a kernel of 3 taps, and keyword arguments."""
+def example(batch=2, heads=3, tokens=11, dim=5, *, grid=None, dtype=torch.float64, device="cpu", seed=0):
+    """Typical positional tensors, C = heads * dim and 3 taps per axis, and keyword arguments.
+
+    Tokens that the grid does not take are prefix tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((batch, tokens, heads * dim), (batch, tokens, heads), (batch, tokens, heads * dim), (heads, 3))
+    kernel = (3,) if grid is None else (3, 3)
+    options = {} if grid is None else {"grid": grid, "prefix_tokens": tokens - grid[0] * grid[1]}
+    channels = (batch, tokens, heads * dim)
+    sizes = (channels, (batch, tokens, heads), channels, (heads, *kernel))
     tensors = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return tuple(t.to(device, dtype) for t in tensors), {}
+    return tuple(t.to(device, dtype) for t in tensors), options

@@ -115,7 +115,7 @@ def _running(sums: Tensor, layout: Blocks) -> tuple[Tensor, Tensor]:
     strips = tiles.running(sums.view(3, groups, width, dim))
     if layout.all_rows == 1:
         return strips, strips
-    whole = strips[0, :, :, width].reshape(3, images, layout.all_rows, dim)
+    whole = strips[0, :, :, width].contiguous().view(3, images, layout.all_rows, dim)
     return strips, tiles.running(whole)
 
 
