@@ -13,6 +13,9 @@ The backward pass knows the mean r, top and 1 / den, so that
 
     p_tu = exp(k_u + w_tu - top_t)            g = grad sigmoid(q) / den
     dv_u = sum_t p_tu g_t     dk_u = sum_t p_tu g_t . (v_u - r_t)     dw_tu = sum_b p_tu g_t . (v_u - r_t)
+
+g is rounded before g_t . v_u and g_t . r_t alike, and v is exact in the products, so that their difference
+does not drown where values share a large number.
 """
 
 # A launch, kernel[grid](...), is typed as a call of the kernel, and a reduction in it as a tuple.
@@ -22,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..._triton import kept
-from .._triton import INFINITY, LOWEST, common, gate_of, joined, product, tile
+from .._triton import INFINITY, LOWEST, gate_of, joined, product, tile
 
 # Where k is so large that top is rounded by more, an exponent is cut off.
 LARGEST = tl.constexpr(20.0)
@@ -151,7 +154,7 @@ def power(exponent):
 
 @triton.jit
 def rounded(p, DTYPE: tl.constexpr):
-    """p as `product` takes it, so that it is the same weight in numerator and denominator."""
+    """p as `product` takes it: a weight in the numerator is then the same in the denominator."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         return p.to(tl.bfloat16).to(tl.float32)
     if DTYPE == tl.float16:  # noqa: SIM300
@@ -342,6 +345,7 @@ def query_totals(
     tops,
     inverse,
     grads,
+    along,
     dq,
     sums,
     tokens,
@@ -362,7 +366,7 @@ def query_totals(
     C: tl.constexpr,
     BEYOND: tl.constexpr,
 ):
-    """g, dq, and triples (sum g, sum g r) of each block of queries with the exponents -top."""
+    """g, g . r, dq, and triples (sum g, sum g r) of each block of queries with the exponents -top."""
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     image = batch * heads + head
@@ -376,6 +380,8 @@ def query_totals(
     r = tl.load(means + at, mask=here, other=0.0)
     tl.store(dq + at, (g * r * (1 - gate)).to(dq.dtype.element_ty), mask=here)
     g *= tl.load(inverse + image * tokens + t, mask=inside, other=0.0)[:, None]
+    g = rounded(g, q.dtype.element_ty)
+    tl.store(along + image * tokens + t, tl.sum(g * r, 1), mask=inside)
     tl.store(grads + at, g.to(grads.dtype.element_ty), mask=here)
     if BEYOND:
         top = tl.load(tops + image * tokens + t, mask=inside, other=-LOWEST)
@@ -386,14 +392,14 @@ def query_totals(
 
 
 @triton.jit
-def queries_of(grads, means, tops, batch, head, heads, t, c, inside, tokens, dim):
-    """g, r and top of a block of queries; outside as without keys."""
+def queries_of(grads, along, tops, batch, head, heads, t, c, inside, tokens, dim):
+    """g, g . r and top of a block of queries; outside as without keys."""
     at = (batch * tokens + t.to(tl.int64)[:, None]) * heads * dim + head * dim + c[None, :]
     here = inside[:, None] & (c < dim)[None, :]
     g = tl.load(grads + at, mask=here, other=0.0).to(tl.float32)
-    r = tl.load(means + at, mask=here, other=0.0)
-    top = tl.load(tops + (batch * heads + head) * tokens + t, mask=inside, other=-LOWEST)
-    return g, r, top
+    at = (batch * heads + head) * tokens + t
+    e = tl.load(along + at, mask=inside, other=0.0)
+    return g, e, tl.load(tops + at, mask=inside, other=-LOWEST)
 
 
 @triton.jit
@@ -405,7 +411,7 @@ def backward(
     strips,
     whole,
     grads,
-    means,
+    along,
     tops,
     dk,
     dv,
@@ -444,7 +450,7 @@ def backward(
     SEVERAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk and dv of a block of keys of one head; v_u - r_t is taken as (v_u - middle) - (r_t - middle)."""
+    """dk and dv of a block of keys of one head."""
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     c = tl.arange(0, C)
@@ -458,8 +464,6 @@ def backward(
     keep = kept(mask, batch, u, there, mask_b, mask_n, MASKED)
     x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
     y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
-    middle = common(y, keep)
-    y -= middle[None, :]
     to_k, to_v = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, C], tl.float32)
     if BEYOND:
         a, b, high = beyond(
@@ -482,12 +486,12 @@ def backward(
         )
         far = power(x + tl.max(high, 0))
         to_v += far[:, None] * a[None, :]
-        to_k += far * tl.sum(y * a[None, :] - (b - middle * a)[None, :], 1)
+        to_k += far * tl.sum(y * a[None, :] - b[None, :], 1)
     width = end - first
     for i in range((row_end - row_first) * width):
         t_r, t_c = cells(row_first + i // width, first + i % width, BLOCK, ROWS)
         t, inside = tokens_at(t_r, t_c, prefix, rows, columns)
-        g, r, top = queries_of(grads, means, tops, batch, head, heads, t, c, inside, tokens, dim)
+        g, e, top = queries_of(grads, along, tops, batch, head, heads, t, c, inside, tokens, dim)
         bias = bias_of(
             w + head * w_h,
             t_r[None, :],
@@ -504,8 +508,7 @@ def backward(
         )
         p = power((x[:, None] - top[None, :]) + bias)
         to_v += product(p, g, v.dtype.element_ty)
-        s = product(y, tl.trans(g), v.dtype.element_ty)
-        s -= tl.sum(g * (r - middle[None, :]), 1)[None, :]
+        s = product(y, tl.trans(g), v.dtype.element_ty) - e[None, :]
         to_k += tl.sum(p * s, 1)
     at = (batch * tokens + u.to(tl.int64)) * heads + head
     tl.store(dk + at, to_k.to(dk.dtype.element_ty), mask=there)
@@ -520,7 +523,7 @@ def bias_backward(
     w,
     mask,
     grads,
-    means,
+    along,
     tops,
     pairs,
     batches,
@@ -587,15 +590,13 @@ def bias_backward(
         row, column = row_first + i // width % height, column_first + i % width
         t_r, t_c = cells(row, column, BLOCK, ROWS)
         t, inside = tokens_at(t_r, t_c, prefix, rows, columns)
-        g, r, top = queries_of(grads, means, tops, batch, head, heads, t, c, inside, tokens, dim)
+        g, e, top = queries_of(grads, along, tops, batch, head, heads, t, c, inside, tokens, dim)
         u_r, u_c = cells(row + by_row, column + by_column, BLOCK, ROWS)
         u, there = tokens_at(u_r, u_c, prefix, rows, columns)
         keep = kept(mask, batch, u, there, mask_b, mask_n, MASKED)
         x = keys_of(k + head * k_h, batch, u, keep, k_b, k_n)
         y = tile(v + head * dim * v_c, batch, u, c, keep, dim, v_b, v_n, v_c)
-        middle = common(y, keep)
-        s = product(g, tl.trans(y - middle[None, :]), v.dtype.element_ty)
-        s -= tl.sum(g * (r - middle[None, :]), 1)[:, None]
+        s = product(g, tl.trans(y), v.dtype.element_ty) - e[:, None]
         to_w += power((x[None, :] - top[:, None]) + bias) * s
     i = tl.arange(0, BLOCK)
     at = pairs + ((part * heads + head) * offsets + offset) * BLOCK * BLOCK

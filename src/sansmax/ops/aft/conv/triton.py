@@ -4,7 +4,7 @@ q, k, v are read as they lie. The backward pass keeps the means, and two numbers
 """
 
 # A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
         return self.prefix_rows + self.block_rows
 
     @property
-    def count(self) -> int:
+    def programs(self) -> int:
         return self.all_rows * self.block_columns
 
     @property
@@ -105,7 +105,7 @@ def _options(layout: Blocks, dim: int) -> dict[str, Any]:
 
 def _sums(x: Tensor, layout: Blocks, images: int, dim: int) -> Tensor:
     """Room for a triple of each block."""
-    return x.new_empty(3, images, layout.count, dim, dtype=torch.float32)
+    return x.new_empty(3, images, layout.programs, dim, dtype=torch.float32)
 
 
 def _running(sums: Tensor, layout: Blocks) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _aft_conv(
     strips = whole = q
     if beyond:
         sums = _sums(q, layout, batch * heads, dim)
-        kernels.key_totals[layout.count, heads, batch](
+        kernels.key_totals[layout.programs, heads, batch](
             k,
             v,
             pointer,
@@ -174,7 +174,7 @@ def _aft_conv(
         )
         strips, whole = _running(sums, layout)
     out, means, numbers = _empty(q, k, keep)
-    kernels.forward[layout.count, heads, batch](
+    kernels.forward[layout.programs, heads, batch](
         q,
         k,
         v,
@@ -245,16 +245,18 @@ def _aft_conv_backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     # float16's range is too small.
     grads = torch.empty_like(means, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
+    along = torch.empty_like(tops)
     sums = strips = whole = q
     if beyond:
         sums = _sums(q, layout, batch * heads, dim)
-    kernels.query_totals[layout.count, heads, batch](
+    kernels.query_totals[layout.programs, heads, batch](
         grad,
         q,
         means,
         tops,
         inverse,
         grads,
+        along,
         dq,
         sums,
         tokens,
@@ -272,12 +274,12 @@ def _aft_conv_backward(
     options |= {"CAUSAL": causal, "MASKED": mask is not None}
     inputs = k, v, w, shared.pointer(mask, q)
     strides = *k.stride(), *v.stride(), *w.stride(), *shared.mask_strides(mask)
-    kernels.backward[layout.count, heads, batch](
+    kernels.backward[layout.programs, heads, batch](
         *inputs,
         strips,
         whole,
         grads,
-        means,
+        along,
         tops,
         dk,
         dv,
@@ -304,7 +306,7 @@ def _aft_conv_backward(
     kernels.bias_backward[offsets, heads, count](
         *inputs,
         grads,
-        means,
+        along,
         tops,
         pairs,
         batch,
