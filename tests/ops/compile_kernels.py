@@ -5,6 +5,7 @@ Launches are caught: tensors on the CPU, no kernel runs, and the results are wha
 JSON line for each kernel: {"kernel", "shared" in bytes, "registers", "spilled" in bytes}.
 """
 
+import inspect
 import json
 import os
 import re
@@ -56,11 +57,14 @@ def main(op: str, dtype: torch.dtype, capability: int, dim: int = 64, tokens: in
     JITFunction.run = compiled
     _backend._triton_refusal = lambda *_: None
     module, function = operators()[op]
-    for causal in (False, True):
-        arguments, options = module.example(tokens=tokens, dim=dim, dtype=dtype)
+    forms = [{}, {"causal": True}]
+    if "grid" in inspect.signature(module.example).parameters:
+        forms.append({"grid": (15, (tokens - 1) // 15)})
+    for form in forms:
+        of_grid = form if "grid" in form else {}
+        arguments, options = module.example(tokens=tokens, dim=dim, dtype=dtype, **of_grid)
         leaves = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
-        if causal:
-            options = {**options, "causal": True}
+        options = {**options, **form}
         try:
             out = function(*arguments, **options, backend="triton")
         except (ValueError, TypeError) as error:

@@ -401,7 +401,7 @@ def tensors(**change):
         ({"w": torch.randn(3, 3)}, "grid must be None"),
         ({"w": torch.randn(3, 3), "grid": None, "causal": True, "prefix_tokens": 1}, "must be 0"),
         ({"mask": torch.ones(2, 11, dtype=torch.bool)}, "mask must have shape"),
-        ({"backend": "triton"}, "triton"),
+        ({"backend": "cuda"}, "unknown backend"),
     ],
 )
 def test_refusals(change, words):

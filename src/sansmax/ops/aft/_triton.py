@@ -239,8 +239,8 @@ def queries_of(grads, means, tops, batch, t, c, tokens, channels):
 @triton.jit
 def scan(first, second, tops, sums, blocks, channels, C: tl.constexpr):
     """sums (2, 3, B, blocks + 1, C): of the blocks before each, and of the blocks from each on."""
-    batch, side = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    c = tl.program_id(0) * C + tl.arange(0, C)
+    batch, side = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    c = tl.program_id(1) * C + tl.arange(0, C)
     a, b = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     top = tl.full([C], LOWEST, tl.float32)
     for i in range(blocks):
@@ -256,7 +256,7 @@ def scan(first, second, tops, sums, blocks, channels, C: tl.constexpr):
 @triton.jit
 def put(sums, side, batch, block, blocks, c, channels, a, b, top):
     """Where `state` finds it."""
-    step = tl.num_programs(1).to(tl.int64) * (blocks + 1) * channels
+    step = tl.num_programs(0).to(tl.int64) * (blocks + 1) * channels
     at = sums + side * 3 * step + (batch * (blocks + 1) + block) * channels + c
     tl.store(at, a, mask=c < channels)
     tl.store(at + step, b, mask=c < channels)
@@ -638,7 +638,7 @@ def running(sums: Tensor) -> Tensor:
     _, batch, blocks, channels = sums.shape
     width = wide(channels)
     result = sums.new_empty(2, 3, batch, blocks + 1, channels)
-    scan[triton.cdiv(channels, width), batch, 2](*sums, result, blocks, channels, C=width)
+    scan[batch, triton.cdiv(channels, width), 2](*sums, result, blocks, channels, C=width)
     return result
 
 

@@ -35,6 +35,11 @@ __all__ = [
     "reparameterize",
 ]
 
+# Of the kernels.
+KERNEL_FORMS = ("", "causal")
+# Channels of a head that the kernels serve.
+WIDEST = 128
+
 # Weights (B, H, rows, T) that the reference holds at a time.
 _REFERENCE_ENTRIES = 2**22
 
@@ -71,7 +76,13 @@ def aft_conv(
         ValueError, TypeError: shapes, dtypes, devices, an even centred kernel or backend do not fit.
     """
     kernel, cells = _checked(q, k, v, w, grid, causal, mask, prefix_tokens)
-    name, _ = choose("aft.conv", backend, q, explain=explain)
+    limits = (("head width", q.shape[2] // k.shape[2], WIDEST),)
+    name, _ = choose("aft.conv", backend, q, limits, explain=explain)
+    q = _check.finite_queries(mask, q)
+    if name == "triton":
+        from . import triton
+
+        return triton.aft_conv(q, k, v, kernel, mask, cells, causal, prefix_tokens)
     if mask is not None:
         k, v = k.masked_fill(~mask[..., None], -torch.inf), v.masked_fill(~mask[..., None], 0)
     body = reference if name == "reference" else fused.aft_conv
@@ -249,9 +260,15 @@ def aft_conv_step(
     return (q.sigmoid() * average.flatten(1)).to(dtype), AFTConvState(left, keys[:, :, 1:], values[:, :, 1:])
 
 
-def example(batch=2, heads=3, tokens=11, dim=5, *, dtype=torch.float64, device="cpu", seed=0):
-    """Typical positional tensors, C = heads * dim and a kernel of 3 taps, and keyword arguments."""
+def example(batch=2, heads=3, tokens=11, dim=5, *, grid=None, dtype=torch.float64, device="cpu", seed=0):
+    """Typical positional tensors, C = heads * dim and 3 taps per axis, and keyword arguments.
+
+    Tokens that the grid does not take are prefix tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((batch, tokens, heads * dim), (batch, tokens, heads), (batch, tokens, heads * dim), (heads, 3))
+    kernel = (3,) if grid is None else (3, 3)
+    options = {} if grid is None else {"grid": grid, "prefix_tokens": tokens - grid[0] * grid[1]}
+    channels = (batch, tokens, heads * dim)
+    sizes = (channels, (batch, tokens, heads), channels, (heads, *kernel))
     tensors = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return tuple(t.to(device, dtype) for t in tensors), {}
+    return tuple(t.to(device, dtype) for t in tensors), options
