@@ -13,7 +13,8 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     to a half of the time of SimA's forward and backward pass (1024 tokens, 6 heads of 64). Here they are
     written into it once, or not at all where they lie there already (`side_by_side`).
     """
-    if qkv.requires_grad and holds_values(qkv) and without_tangent(qkv):
+    recorded = qkv.requires_grad and torch.is_grad_enabled()
+    if recorded and holds_values(qkv) and without_tangent(qkv):
         return _Split.apply(qkv, heads)
     return _views(qkv, heads)
 
