@@ -4,8 +4,8 @@
 
 The lengths of the columns change with every token, so a program walks the tokens of a chunk one by one with
 M in registers. Columns do not meet, so a program owns a few of them; the sums over columns that dq and dk
-need are added up afterwards. One walk sums every chunk, and a scan turns that into what lies before each chunk.
-The backward pass does the same from the end for the gradient of M.
+need are added up afterwards. One walk sums every chunk, and a scan turns that into what lies before each
+chunk. The backward pass does the same from the end for the gradient of M.
 
 |M_i|^2 from |M_{i-1}|^2 by matrix products would cancel where a column shrinks inside a chunk.
 
@@ -24,17 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton as shared
-from .._triton import inverse_power, kept, tokens_of, unit
+from .._triton import INTERPRETED, inverse_power, kept, tokens_of, unit
 from .triton import _gamma
 
-# Tokens of a chunk at least; wide values take more, so that the states before the chunks, in float32, are
-# 1.3 times q, k and v in bfloat16 for heads of 64 and of 128.
-CHUNK = 32
-# Tokens that the backward pass walks again from their first, before each of which it walks from the chunk's.
-SPAN = 8
+# Tokens of a chunk; values wider than 64 take more, so that the states before the chunks, in float32, are 1.3
+# times q, k and v in bfloat16. The interpreter's tests see several chunks.
+CHUNK = 8 if INTERPRETED else 32
+# The backward pass walks to each token from the first of its span, and there from the first of the chunk.
+SPAN = 3 if INTERPRETED else 8
 # Columns of a program; the backward pass keeps as many float32 numbers for every token as there are blocks.
 COLUMNS = 16
 COLUMNS_BACKWARD = 32
+# Entries of M in a program, 32 registers of a thread for each warp: where heads are narrow, several chunks.
+ENTRIES = 2**16 if INTERPRETED else 2**10
 # The walk that sums a chunk sees no lengths: its products lie above 2^-226 of the largest.
 SUM_SHIFT = 100
 SMALLEST = tl.constexpr(2.0**-64)
@@ -63,6 +65,7 @@ def _rows(
     near,
     inverse,
     tokens,
+    padded,
     heads,
     dim,
     eps,
@@ -84,36 +87,105 @@ def _rows(
     block, program = tl.program_id(0), tl.program_id(1)
     batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
     d, n = tl.arange(0, D), block * BLOCK + tl.arange(0, BLOCK)
-    inside = n < tokens
-    keep = kept(mask, batch, n, inside, mask_b, mask_n, MASKED)
+    keep = kept(mask, batch, n, n < tokens, mask_b, mask_n, MASKED)
     keys = tokens_of(k, batch, head, n, d, keep, dim, k_b, k_h, k_n, k_d).to(tl.float32)
-    queries = tokens_of(q, batch, head, n, d, inside, dim, q_b, q_h, q_n, q_d).to(tl.float32)
-    at = program.to(tl.int64) * tokens + n
-    tl.store(exponents + at, _exponent(tl.max(tl.abs(keys), 1)), mask=inside)
+    queries = tokens_of(q, batch, head, n, d, n < tokens, dim, q_b, q_h, q_n, q_d).to(tl.float32)
+    at = program.to(tl.int64) * padded + n
+    tl.store(exponents + at, _exponent(tl.max(tl.abs(keys), 1)), mask=n < padded)
     by = inverse_power(tl.max(tl.abs(queries), 1))
     queries *= by[:, None]
-    tl.store(near + at, by, mask=inside)
-    tl.store(inverse + at, 1 / tl.maximum(tl.sqrt(tl.sum(queries * queries, 1)), eps * by), mask=inside)
+    tl.store(near + at, by, mask=n < padded)
+    length = tl.maximum(tl.sqrt(tl.sum(queries * queries, 1)), eps * by)
+    tl.store(inverse + at, 1 / length, mask=n < padded)
 
 
 @triton.jit
-def _pair(k, v, mask, exponents, n, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED: tl.constexpr):
-    """The key of a token, its largest entry about 1, the exponent that was taken off, and its values."""
+def _place(lines, chunks, heads, CHUNK: tl.constexpr, GROUP: tl.constexpr):
+    """The chunks that a program walks, counted over all heads; image, head and first token of each.
+
+    Programs past the end repeat the last chunk.
+    """
+    line = tl.minimum(tl.program_id(0) * GROUP + tl.arange(0, GROUP), lines - 1)
+    program = line // chunks
+    return line.to(tl.int64), program // heads, program % heads, line % chunks * CHUNK
+
+
+@triton.jit
+def _matrices(pointer, line, d, e, D: tl.constexpr, E: tl.constexpr):
+    return pointer + line[:, None, None] * D * E + d[None, :, None] * E + e[None, None, :]
+
+
+@triton.jit
+def _token(pointer, batch, head, n, d, inside, width, stride_b, stride_h, stride_n, stride_d):
+    """A token of each chunk, zeros outside."""
+    at = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + n.to(tl.int64) * stride_n
+    at = pointer + at[:, None] + d[None, :] * stride_d
+    return tl.load(at, mask=inside[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pair(
+    k,
+    v,
+    mask,
+    exponents,
+    line,
+    batch,
+    head,
+    start,
+    i,
+    d,
+    e,
+    tokens,
+    dim,
+    value_dim,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    mask_b,
+    mask_n,
+    CHUNK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The key of token i of a chunk, its largest entry about 1, the exponent taken off, and its values."""
+    n = start + i
+    keep = n < tokens
     if MASKED:
-        keep = (tl.load(mask + n * mask_n) != 0).to(tl.int32)
-        dim, value_dim = dim * keep, value_dim * keep
-    at = n.to(tl.int64)
-    exponent = tl.load(exponents + n)
-    key = tl.load(k + at * k_n + d * k_d, mask=d < dim, other=0.0).to(tl.float32)
-    values = tl.load(v + at * v_n + e * v_d, mask=e < value_dim, other=0.0).to(tl.float32)
-    return key * _two(-exponent), exponent, values
+        keep &= tl.load(mask + batch.to(tl.int64) * mask_b + n * mask_n, mask=keep, other=0) != 0
+    key = _token(k, batch, head, n, d, keep, dim, k_b, k_h, k_n, k_d)
+    values = _token(v, batch, head, n, e, keep, value_dim, v_b, v_h, v_n, v_d)
+    exponent = tl.load(exponents + line * CHUNK + i)
+    return key * _two(-exponent)[:, None], exponent, values
 
 
 @triton.jit
-def _query(q, near, inverse, n, d, dim, q_n, q_d):
+def _query(
+    q,
+    near,
+    inverse,
+    line,
+    batch,
+    head,
+    start,
+    i,
+    d,
+    tokens,
+    dim,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    CHUNK: tl.constexpr,
+):
     """The unit query of a token."""
-    query = tl.load(q + n.to(tl.int64) * q_n + d * q_d, mask=d < dim, other=0.0).to(tl.float32)
-    return query * tl.load(near + n) * tl.load(inverse + n)
+    n, at = start + i, line * CHUNK + i
+    query = _token(q, batch, head, n, d, n < tokens, dim, q_b, q_h, q_n, q_d)
+    return query * tl.load(near + at)[:, None] * tl.load(inverse + at)[:, None]
 
 
 @triton.jit
@@ -123,27 +195,28 @@ def _add(m, scale, target, key, exponent, values, SHIFT: tl.constexpr = 0):
     The product is rounded before it is added, so that a token and its negative leave nothing.
     """
     own = _exponent(values)
-    now = tl.maximum(target, exponent + own - SHIFT)
-    values = values * _two(-own) * _two(exponent + own - now)
-    change = tl.broadcast_to(_two(scale - now)[None, :], m.shape)
-    return tl.fma(m, change, key[:, None] * values[None, :]), now
+    both = exponent[:, None] + own
+    now = tl.maximum(target, both - SHIFT)
+    values = values * _two(-own) * _two(both - now)
+    change = tl.broadcast_to(_two(scale - now)[:, None, :], m.shape)
+    return tl.fma(m, change, key[:, :, None] * values[:, None, :]), now
 
 
 @triton.jit
 def _measured(m, scale, query, eps, lowest):
     """q^ u, the divisor of m, whether that is its length, and the scale at which m is about 1."""
-    norm = tl.sqrt(tl.sum(m * m, 0))
+    norm = tl.sqrt(tl.sum(m * m, 1))
     floor = tl.maximum(eps * _two(-scale), SMALLEST)
     length = tl.maximum(norm, floor)
-    row = tl.sum(query[:, None] * m, 0) / length
+    row = tl.sum(query[:, :, None] * m, 1) / length
     return row, length, norm > floor, tl.maximum(scale + _exponent(norm), lowest)
 
 
 @triton.jit
 def _settled(m, scale, lowest):
     """The same M with columns whose largest entries are about 1."""
-    now = tl.maximum(scale + _exponent(tl.max(tl.abs(m), 0)), lowest)
-    return m * _two(scale - now)[None, :], now
+    now = tl.maximum(scale + _exponent(tl.max(tl.abs(m), 1)), lowest)
+    return m * _two(scale - now)[:, None, :], now
 
 
 @triton.jit
@@ -154,6 +227,8 @@ def _sums(
     exponents,
     product,
     scales,
+    lines,
+    chunks,
     tokens,
     heads,
     dim,
@@ -173,45 +248,63 @@ def _sums(
     E: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     SHIFT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """A chunk's own sum of k v^T."""
-    chunk, program = tl.program_id(0) // (E // COLUMNS), tl.program_id(1)
-    batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
-    d, e = tl.arange(0, D), tl.program_id(0) % (E // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    chunks = tl.num_programs(0) // (E // COLUMNS)
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    mask += batch * mask_b
-    exponents += program.to(tl.int64) * tokens
-    m, scale = tl.zeros([D, COLUMNS], tl.float32), tl.full([COLUMNS], 0, tl.int32) + lowest
-    for n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)):
-        n = tl.full([], 0, tl.int32) + n
+    line, batch, head, start = _place(lines, chunks, heads, CHUNK, GROUP)
+    d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m, scale = tl.zeros([GROUP, D, COLUMNS], tl.float32), tl.zeros([GROUP, COLUMNS], tl.int32) + lowest
+    for i in range(tl.minimum(CHUNK, tokens)):
         key, exponent, values = _pair(
-            k, v, mask, exponents, n, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+            k,
+            v,
+            mask,
+            exponents,
+            line,
+            batch,
+            head,
+            start,
+            i,
+            d,
+            e,
+            tokens,
+            dim,
+            value_dim,
+            k_b,
+            k_h,
+            k_n,
+            k_d,
+            v_b,
+            v_h,
+            v_n,
+            v_d,
+            mask_b,
+            mask_n,
+            CHUNK,
+            MASKED,
         )
         m, scale = _add(m, scale, scale, key, exponent, values, SHIFT)
     m, scale = _settled(m, scale, lowest)
-    at = (program * chunks + chunk).to(tl.int64)
-    tl.store(product + at * D * E + d[:, None] * E + e[None, :], m)
-    tl.store(scales + at * E + e, scale)
+    tl.store(_matrices(product, line, d, e, D, E), m)
+    tl.store(scales + line[:, None] * E + e[None, :], scale)
 
 
 @triton.jit
 def _scan_forward(product, scales, chunks, lowest, D: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr):
     """What lies before each chunk, in place of the chunk's own sum."""
-    program = tl.program_id(1)
-    d, e = tl.arange(0, D), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    m, scale = tl.zeros([D, COLUMNS], tl.float32), tl.full([COLUMNS], 0, tl.int32) + lowest
+    d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m, scale = tl.zeros([1, D, COLUMNS], tl.float32), tl.zeros([1, COLUMNS], tl.int32) + lowest
     for chunk in range(chunks):
-        at = (program * chunks + chunk).to(tl.int64)
-        matrix = product + at * D * E + d[:, None] * E + e[None, :]
-        one, own = tl.load(matrix), tl.load(scales + at * E + e)
+        line = tl.program_id(0).to(tl.int64) * chunks + chunk + tl.arange(0, 1)
+        matrix = _matrices(product, line, d, e, D, E)
+        place = scales + line[:, None] * E + e[None, :]
+        one, own = tl.load(matrix), tl.load(place)
         tl.store(matrix, m)
-        tl.store(scales + at * E + e, scale)
+        tl.store(place, scale)
         now = tl.maximum(scale, own)
-        m = m * _two(scale - now)[None, :] + one * _two(own - now)[None, :]
+        m = m * _two(scale - now)[:, None, :] + one * _two(own - now)[:, None, :]
         m, scale = _settled(m, now, lowest)
 
 
@@ -228,6 +321,8 @@ def _output(
     before,
     scales,
     out,
+    lines,
+    chunks,
     tokens,
     heads,
     dim,
@@ -256,47 +351,85 @@ def _output(
     E: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     GAMMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    chunk, program = tl.program_id(0) // (E // COLUMNS), tl.program_id(1)
-    batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
-    d, e = tl.arange(0, D), tl.program_id(0) % (E // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    chunks = tl.num_programs(0) // (E // COLUMNS)
-    q += batch * q_b + head * q_h
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    out += batch * out_b + head * out_h
-    mask += batch * mask_b
-    exponents += program.to(tl.int64) * tokens
-    near += program.to(tl.int64) * tokens
-    inverse += program.to(tl.int64) * tokens
-    factor = _gamma(gamma, program, heads, GAMMA)
-    at = (program * chunks + chunk).to(tl.int64)
-    m = tl.load(before + at * D * E + d[:, None] * E + e[None, :])
-    scale = tl.load(scales + at * E + e)
+    line, batch, head, start = _place(lines, chunks, heads, CHUNK, GROUP)
+    d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor = tl.zeros([GROUP], tl.float32) + _gamma(gamma, head, heads, GAMMA)
+    m = tl.load(_matrices(before, line, d, e, D, E))
+    scale = tl.load(scales + line[:, None] * E + e[None, :])
     target = scale
-    for n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)):
-        n = tl.full([], 0, tl.int32) + n
+    for i in range(tl.minimum(CHUNK, tokens)):
         key, exponent, values = _pair(
-            k, v, mask, exponents, n, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+            k,
+            v,
+            mask,
+            exponents,
+            line,
+            batch,
+            head,
+            start,
+            i,
+            d,
+            e,
+            tokens,
+            dim,
+            value_dim,
+            k_b,
+            k_h,
+            k_n,
+            k_d,
+            v_b,
+            v_h,
+            v_n,
+            v_d,
+            mask_b,
+            mask_n,
+            CHUNK,
+            MASKED,
         )
         m, scale = _add(m, scale, target, key, exponent, values)
-        query = _query(q, near, inverse, n, d, dim, q_n, q_d)
+        query = _query(
+            q,
+            near,
+            inverse,
+            line,
+            batch,
+            head,
+            start,
+            i,
+            d,
+            tokens,
+            dim,
+            q_b,
+            q_h,
+            q_n,
+            q_d,
+            CHUNK,
+        )
         row, _, _, target = _measured(m, scale, query, eps, lowest)
-        row = (row * (factor * factor)).to(out.dtype.element_ty)
-        tl.store(out + n.to(tl.int64) * out_n + e * out_d, row, mask=e < value_dim)
+        row *= (factor * factor)[:, None]
+        n = start + i
+        at = batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h + n.to(tl.int64) * out_n
+        at = out + at[:, None] + e[None, :] * out_d
+        inside = (n < tokens)[:, None] & (e < value_dim)[None, :]
+        tl.store(at, row.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gradient_of_matrix(row, length, free, grad):
-    """a, b and their exponent: the gradient of m is (q^ a - m b) 2^exponent, with u = m / length and
-    o = q^ u: (q^ g - u o g) / length."""
-    left = grad / length
+def _add_gradient(acc, power, m, scale, query, row, length, free, g):
+    """The sum of the gradients of M, acc 2^power, with that of one more: (q^ g - u o g) / |M|."""
+    left = g / length
     right = tl.where(free, left * row / length, 0.0)
-    exponent = _exponent(left)
-    small = _two(-exponent)
-    return left * small, right * small, exponent
+    own = _exponent(left)
+    left, right = left * _two(-own), right * _two(-own)
+    own = tl.where(left == 0, NOTHING, own - scale)
+    now = tl.maximum(power, own)
+    left, right = left * _two(own - now), right * _two(own - now)
+    one = query[:, :, None] * left[:, None, :] - m * right[:, None, :]
+    return acc * _two(power - now)[:, None, :] + one, now
 
 
 @triton.jit
@@ -317,6 +450,8 @@ def _backward_totals(
     total_scales,
     partial,
     gamma_grad,
+    lines,
+    chunks,
     tokens,
     heads,
     dim,
@@ -345,74 +480,97 @@ def _backward_totals(
     E: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     GAMMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A chunk's sum of the gradients of M_i; the scales of M_i; sums over columns of u grad, which is the
-    gradient of q^ without gamma, and of o grad."""
-    block, chunk, program = (
-        tl.program_id(0) % (E // COLUMNS),
-        tl.program_id(0) // (E // COLUMNS),
-        tl.program_id(1),
-    )
-    batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
+    """A chunk's sum of the gradients of M_i; the scales of M_i; sums over columns of u g, the gradient of q^,
+    and of o grad, with out = gamma^2 o and g = gamma^2 grad."""
+    line, batch, head, start = _place(lines, chunks, heads, CHUNK, GROUP)
+    block = tl.program_id(1)
     d, e = tl.arange(0, D), block * COLUMNS + tl.arange(0, COLUMNS)
-    chunks = tl.num_programs(0) // (E // COLUMNS)
-    grad += batch * g_b + head * g_h
-    q += batch * q_b + head * q_h
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    mask += batch * mask_b
-    exponents += program.to(tl.int64) * tokens
-    near += program.to(tl.int64) * tokens
-    inverse += program.to(tl.int64) * tokens
-    token_scales += program.to(tl.int64) * tokens * E
-    partial += (block.to(tl.int64) * tl.num_programs(1) + program) * tokens * D
-    factor = _gamma(gamma, program, heads, GAMMA)
-    at = (program * chunks + chunk).to(tl.int64)
-    m = tl.load(before + at * D * E + d[:, None] * E + e[None, :])
-    scale = tl.load(scales + at * E + e)
+    factor = tl.zeros([GROUP], tl.float32) + _gamma(gamma, head, heads, GAMMA)
+    partial += block.to(tl.int64) * lines * CHUNK * D
+    m = tl.load(_matrices(before, line, d, e, D, E))
+    scale = tl.load(scales + line[:, None] * E + e[None, :])
     target = scale
-    acc, power = tl.zeros([D, COLUMNS], tl.float32), tl.full([COLUMNS], NOTHING, tl.int32)
-    along = tl.zeros([COLUMNS], tl.float32)
-    for n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)):
-        n = tl.full([], 0, tl.int32) + n
+    acc, power = tl.zeros([GROUP, D, COLUMNS], tl.float32), tl.full([GROUP, COLUMNS], NOTHING, tl.int32)
+    along = tl.zeros([GROUP, COLUMNS], tl.float32)
+    for i in range(tl.minimum(CHUNK, tokens)):
         key, exponent, values = _pair(
-            k, v, mask, exponents, n, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+            k,
+            v,
+            mask,
+            exponents,
+            line,
+            batch,
+            head,
+            start,
+            i,
+            d,
+            e,
+            tokens,
+            dim,
+            value_dim,
+            k_b,
+            k_h,
+            k_n,
+            k_d,
+            v_b,
+            v_h,
+            v_n,
+            v_d,
+            mask_b,
+            mask_n,
+            CHUNK,
+            MASKED,
         )
         m, scale = _add(m, scale, target, key, exponent, values)
-        query = _query(q, near, inverse, n, d, dim, q_n, q_d)
+        query = _query(
+            q,
+            near,
+            inverse,
+            line,
+            batch,
+            head,
+            start,
+            i,
+            d,
+            tokens,
+            dim,
+            q_b,
+            q_h,
+            q_n,
+            q_d,
+            CHUNK,
+        )
         row, length, free, target = _measured(m, scale, query, eps, lowest)
-        tl.store(token_scales + n.to(tl.int64) * E + e, scale)
-        g = tl.load(grad + n.to(tl.int64) * g_n + e * g_d, mask=e < value_dim, other=0.0).to(tl.float32)
+        at, n = line * CHUNK + i, start + i
+        tl.store(token_scales + at[:, None] * E + e[None, :], scale)
+        g = _token(grad, batch, head, n, e, n < tokens, value_dim, g_b, g_h, g_n, g_d)
         along += row * g
-        g *= factor * factor
-        tl.store(partial + n.to(tl.int64) * D + d, tl.sum(m * (g / length)[None, :], 1))
-        left, right, own = _gradient_of_matrix(row, length, free, g)
-        now = tl.maximum(power, own - scale)
-        by = _two(own - scale - now)
-        one = query[:, None] * (left * by)[None, :] - m * (right * by)[None, :]
-        acc = acc * _two(power - now)[None, :] + one
-        power = now
-    tl.store(total + at * D * E + d[:, None] * E + e[None, :], acc)
-    tl.store(total_scales + at * E + e, power)
-    tl.store(gamma_grad + at * (E // COLUMNS) + block, tl.sum(along))
+        g *= (factor * factor)[:, None]
+        tl.store(partial + at[:, None] * D + d[None, :], tl.sum(m * (g / length)[:, None, :], 2))
+        acc, power = _add_gradient(acc, power, m, scale, query, row, length, free, g)
+    tl.store(_matrices(total, line, d, e, D, E), acc)
+    tl.store(total_scales + line[:, None] * E + e[None, :], power)
+    tl.store(gamma_grad + line * tl.num_programs(1) + block, tl.sum(along, 1))
 
 
 @triton.jit
 def _scan_backward(total, scales, chunks, D: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr):
     """What lies after each chunk, in place of the chunk's own sum."""
-    program = tl.program_id(1)
-    d, e = tl.arange(0, D), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    acc, power = tl.zeros([D, COLUMNS], tl.float32), tl.full([COLUMNS], NOTHING, tl.int32)
+    d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    acc, power = tl.zeros([1, D, COLUMNS], tl.float32), tl.full([1, COLUMNS], NOTHING, tl.int32)
     for back in range(chunks):
-        at = (program * chunks + chunks - 1 - back).to(tl.int64)
-        matrix = total + at * D * E + d[:, None] * E + e[None, :]
-        one, own = tl.load(matrix), tl.load(scales + at * E + e)
+        line = tl.program_id(0).to(tl.int64) * chunks + chunks - 1 - back + tl.arange(0, 1)
+        matrix = _matrices(total, line, d, e, D, E)
+        place = scales + line[:, None] * E + e[None, :]
+        one, own = tl.load(matrix), tl.load(place)
         tl.store(matrix, acc)
-        tl.store(scales + at * E + e, power)
+        tl.store(place, power)
         now = tl.maximum(power, own)
-        acc = acc * _two(power - now)[None, :] + one * _two(own - now)[None, :]
+        acc = acc * _two(power - now)[:, None, :] + one * _two(own - now)[:, None, :]
         power = now
 
 
@@ -430,10 +588,12 @@ def _gradients(
     before,
     scales,
     token_scales,
-    after,
-    after_scales,
+    total,
+    total_scales,
     partial,
     dv,
+    lines,
+    chunks,
     tokens,
     heads,
     dim,
@@ -466,6 +626,7 @@ def _gradients(
     E: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     GAMMA: tl.constexpr,
     MASKED: tl.constexpr,
@@ -475,71 +636,145 @@ def _gradients(
     Tokens from the last to the first; M_i is summed again from the first token of its span, for to subtract
     the later tokens from M would lose what is far smaller than they are.
     """
-    block, chunk, program = (
-        tl.program_id(0) % (E // COLUMNS),
-        tl.program_id(0) // (E // COLUMNS),
-        tl.program_id(1),
-    )
-    batch, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
+    line, batch, head, start = _place(lines, chunks, heads, CHUNK, GROUP)
+    block = tl.program_id(1)
     d, e = tl.arange(0, D), block * COLUMNS + tl.arange(0, COLUMNS)
-    chunks = tl.num_programs(0) // (E // COLUMNS)
-    grad += batch * g_b + head * g_h
-    q += batch * q_b + head * q_h
-    k += batch * k_b + head * k_h
-    v += batch * v_b + head * v_h
-    dv += batch * dv_b + head * dv_h
-    mask += batch * mask_b
-    exponents += program.to(tl.int64) * tokens
-    near += program.to(tl.int64) * tokens
-    inverse += program.to(tl.int64) * tokens
-    token_scales += program.to(tl.int64) * tokens * E
-    partial += (block.to(tl.int64) * tl.num_programs(1) + program) * tokens * D
-    factor = _gamma(gamma, program, heads, GAMMA)
-    at = (program * chunks + chunk).to(tl.int64)
-    acc = tl.load(after + at * D * E + d[:, None] * E + e[None, :])
-    power = tl.load(after_scales + at * E + e)
-    start, stop = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tokens)
-    spans = tl.cdiv(stop - start, SPAN)
+    factor = tl.zeros([GROUP], tl.float32) + _gamma(gamma, head, heads, GAMMA)
+    partial += block.to(tl.int64) * lines * CHUNK * D
+    acc = tl.load(_matrices(total, line, d, e, D, E))
+    power = tl.load(total_scales + line[:, None] * E + e[None, :])
+    count = tl.minimum(CHUNK, tokens)
+    spans = tl.cdiv(count, SPAN)
     for span in range(spans):
-        first = start + (spans - 1 - span) * SPAN
-        opening = tl.load(before + at * D * E + d[:, None] * E + e[None, :])
-        opening_scale = tl.load(scales + at * E + e)
-        for i in range(start, first):
-            i = tl.full([], 0, tl.int32) + i
+        first = (spans - 1 - span) * SPAN
+        opening = tl.load(_matrices(before, line, d, e, D, E))
+        opening_scale = tl.load(scales + line[:, None] * E + e[None, :])
+        for i in range(first):
             key, exponent, values = _pair(
-                k, v, mask, exponents, i, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+                k,
+                v,
+                mask,
+                exponents,
+                line,
+                batch,
+                head,
+                start,
+                i,
+                d,
+                e,
+                tokens,
+                dim,
+                value_dim,
+                k_b,
+                k_h,
+                k_n,
+                k_d,
+                v_b,
+                v_h,
+                v_n,
+                v_d,
+                mask_b,
+                mask_n,
+                CHUNK,
+                MASKED,
             )
-            target = tl.load(token_scales + i.to(tl.int64) * E + e)
+            target = tl.load(token_scales + (line * CHUNK + i)[:, None] * E + e[None, :])
             opening, opening_scale = _add(opening, opening_scale, target, key, exponent, values)
-        last = tl.minimum(first + SPAN, stop) - 1
-        for back in range(last - first + 1):
-            n = last - back
+        last = tl.minimum(first + SPAN, count)
+        for back in range(last - first):
+            j = last - 1 - back
             m, scale = opening, opening_scale
-            for i in range(first, n + 1):
-                i = tl.full([], 0, tl.int32) + i
+            for i in range(first, j + 1):
                 key, exponent, values = _pair(
-                    k, v, mask, exponents, i, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+                    k,
+                    v,
+                    mask,
+                    exponents,
+                    line,
+                    batch,
+                    head,
+                    start,
+                    i,
+                    d,
+                    e,
+                    tokens,
+                    dim,
+                    value_dim,
+                    k_b,
+                    k_h,
+                    k_n,
+                    k_d,
+                    v_b,
+                    v_h,
+                    v_n,
+                    v_d,
+                    mask_b,
+                    mask_n,
+                    CHUNK,
+                    MASKED,
                 )
-                target = tl.load(token_scales + i.to(tl.int64) * E + e)
+                target = tl.load(token_scales + (line * CHUNK + i)[:, None] * E + e[None, :])
                 m, scale = _add(m, scale, target, key, exponent, values)
-            query = _query(q, near, inverse, n, d, dim, q_n, q_d)
+            query = _query(
+                q,
+                near,
+                inverse,
+                line,
+                batch,
+                head,
+                start,
+                j,
+                d,
+                tokens,
+                dim,
+                q_b,
+                q_h,
+                q_n,
+                q_d,
+                CHUNK,
+            )
             row, length, free, _ = _measured(m, scale, query, eps, lowest)
-            g = tl.load(grad + n.to(tl.int64) * g_n + e * g_d, mask=e < value_dim, other=0.0)
-            left, right, own = _gradient_of_matrix(row, length, free, g.to(tl.float32) * (factor * factor))
-            now = tl.maximum(power, own - scale)
-            by = _two(own - scale - now)
-            one = query[:, None] * (left * by)[None, :] - m * (right * by)[None, :]
-            acc = acc * _two(power - now)[None, :] + one
-            power = now
+            n = start + j
+            g = _token(grad, batch, head, n, e, n < tokens, value_dim, g_b, g_h, g_n, g_d)
+            g *= (factor * factor)[:, None]
+            acc, power = _add_gradient(acc, power, m, scale, query, row, length, free, g)
             key, exponent, values = _pair(
-                k, v, mask, exponents, n, d, e, dim, value_dim, k_n, k_d, v_n, v_d, mask_n, MASKED
+                k,
+                v,
+                mask,
+                exponents,
+                line,
+                batch,
+                head,
+                start,
+                j,
+                d,
+                e,
+                tokens,
+                dim,
+                value_dim,
+                k_b,
+                k_h,
+                k_n,
+                k_d,
+                v_b,
+                v_h,
+                v_n,
+                v_d,
+                mask_b,
+                mask_n,
+                CHUNK,
+                MASKED,
             )
             own = _exponent(values)
             values = values * _two(-own) * _two(own + power)
-            tl.store(partial + n.to(tl.int64) * D + d, tl.sum(acc * values[None, :], 1))
-            dv_row = tl.sum(acc * key[:, None], 0) * _two(exponent + power)
-            at_v = dv + n.to(tl.int64) * dv_n + e * dv_d
-            tl.store(at_v, dv_row.to(dv.dtype.element_ty), mask=e < value_dim)
+            at = partial + (line * CHUNK + j)[:, None] * D + d[None, :]
+            tl.store(at, tl.sum(acc * values[:, None, :], 2))
+            row = tl.sum(acc * key[:, :, None], 1) * _two(exponent[:, None] + power)
+            at = batch.to(tl.int64) * dv_b + head.to(tl.int64) * dv_h + n.to(tl.int64) * dv_n
+            at = dv + at[:, None] + e[None, :] * dv_d
+            inside = (n < tokens)[:, None] & (e < value_dim)[None, :]
+            tl.store(at, row.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -549,6 +784,7 @@ def _added(
     out,
     blocks,
     tokens,
+    padded,
     heads,
     dim,
     eps,
@@ -571,7 +807,7 @@ def _added(
     inside = n < tokens
     result = tl.zeros([BLOCK, D], tl.float32)
     for block in range(blocks):
-        at = (program + block * tl.num_programs(1)).to(tl.int64) * tokens + n
+        at = (program + block * tl.num_programs(1)).to(tl.int64) * padded + n
         result += tl.load(partial + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
     if UNIT:
         rows = tokens_of(x, batch, head, n, d, inside, dim, x_b, x_h, x_n, x_d)
@@ -587,26 +823,30 @@ def xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor | 
 
 
 class _Walk:
-    """What the kernels of one call share."""
+    """What the walks of one call share, and the states before the chunks."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, eps: float):
         batch, heads, tokens, dim = q.shape
         self.wide, self.wide_value = shared.padded(dim), shared.padded(v.shape[3])
         self.chunk = max(CHUNK, CHUNK * self.wide_value // 64)
         self.chunks, self.programs = triton.cdiv(tokens, self.chunk), batch * heads
+        self.lines, self.padded = self.programs * self.chunks, self.chunks * self.chunk
         self.eps = max(eps, 2.0**-126)
         self.lowest = math.frexp(self.eps)[1] - 1
-        self.exponents = q.new_empty(self.programs, tokens, dtype=torch.int32)
-        self.near, self.inverse = q.new_empty(2, self.programs, tokens, dtype=torch.float32)
-        strides = *k.stride(), *v.stride(), *shared.mask_strides(mask)
-        _rows[triton.cdiv(tokens, shared.BLOCK), self.programs](
+        self.sizes = self.lines, self.chunks, tokens, heads, dim, v.shape[3]
+        self.pointer, masked = shared.pointer(mask, q), mask is not None
+        self.key_strides = *k.stride(), *v.stride(), *shared.mask_strides(mask)
+        self.exponents = q.new_empty(self.programs, self.padded, dtype=torch.int32)
+        self.near, self.inverse = q.new_empty(2, self.programs, self.padded, dtype=torch.float32)
+        _rows[triton.cdiv(self.padded, shared.BLOCK), self.programs](
             q,
             k,
-            shared.pointer(mask, q),
+            self.pointer,
             self.exponents,
             self.near,
             self.inverse,
             tokens,
+            self.padded,
             heads,
             dim,
             self.eps,
@@ -615,48 +855,44 @@ class _Walk:
             *shared.mask_strides(mask),
             D=self.wide,
             BLOCK=shared.BLOCK,
-            MASKED=mask is not None,
+            MASKED=masked,
         )
         self.state, self.scales = self.empty()
         grid, words = self.launch(COLUMNS)
         _sums[grid](
             k,
             v,
-            shared.pointer(mask, q),
+            self.pointer,
             self.exponents,
             self.state,
             self.scales,
-            tokens,
-            heads,
-            dim,
-            v.shape[3],
+            *self.sizes,
             self.lowest,
-            *strides,
-            CHUNK=self.chunk,
+            *self.key_strides,
             SHIFT=SUM_SHIFT,
-            MASKED=mask is not None,
+            MASKED=masked,
             **words,
         )
-        _scan_forward[grid[0] // self.chunks, self.programs](
-            self.state, self.scales, self.chunks, self.lowest, **words
-        )
+        grid, words = self.launch_scan(COLUMNS)
+        _scan_forward[grid](self.state, self.scales, self.chunks, self.lowest, **words)
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """A matrix for each chunk, and the exponents of its columns."""
-        scales = self.exponents.new_empty(self.programs, self.chunks, self.wide_value)
-        state = self.near.new_empty(self.programs, self.chunks, self.wide, self.wide_value)
-        return state, scales
+        scales = self.exponents.new_empty(self.lines, self.wide_value)
+        return self.near.new_empty(self.lines, self.wide, self.wide_value), scales
 
     def launch(self, columns: int) -> tuple[tuple[int, int], dict]:
-        """The grid of a walk, and the constants: a matrix takes 32 registers of a thread."""
+        """The grid of a walk, chunks and blocks of columns, and its constants."""
+        (_, blocks), words = self.launch_scan(columns)
+        entries = self.wide * words["COLUMNS"]
+        group = max(1, ENTRIES // entries)
+        return (triton.cdiv(self.lines, group), blocks), words | {"CHUNK": self.chunk, "GROUP": group}
+
+    def launch_scan(self, columns: int) -> tuple[tuple[int, int], dict]:
         columns = min(columns, self.wide_value)
-        words = {
-            "D": self.wide,
-            "E": self.wide_value,
-            "COLUMNS": columns,
-            "num_warps": max(1, self.wide * columns // 1024),
-        }
-        return (self.chunks * (self.wide_value // columns), self.programs), words
+        words = {"D": self.wide, "E": self.wide_value, "COLUMNS": columns}
+        warps = max(1, self.wide * columns // 2**10)
+        return (self.programs, self.wide_value // columns), words | {"num_warps": warps}
 
 
 @torch.library.custom_op("sansmax::xnorm_causal", mutates_args=())
@@ -668,25 +904,19 @@ def _xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor |
         k,
         v,
         q if gamma is None else gamma,
-        shared.pointer(mask, q),
+        walk.pointer,
         walk.exponents,
         walk.near,
         walk.inverse,
         walk.state,
         walk.scales,
         out,
-        q.shape[2],
-        q.shape[1],
-        q.shape[3],
-        v.shape[3],
+        *walk.sizes,
         walk.eps,
         walk.lowest,
         *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *shared.mask_strides(mask),
+        *walk.key_strides,
         *out.stride(),
-        CHUNK=walk.chunk,
         GAMMA=gamma is not None,
         MASKED=mask is not None,
         **words,
@@ -701,22 +931,16 @@ def _(q, k, v, gamma, mask, eps):
 
 @torch.library.custom_op("sansmax::xnorm_causal_backward", mutates_args=())
 def _xnorm_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, and (B, H) the sum of grad out without gamma, for each image."""
     walk = _Walk(q, k, v, mask, eps)
     grid, words = walk.launch(COLUMNS_BACKWARD)
-    words |= {"CHUNK": walk.chunk, "GAMMA": gamma is not None, "MASKED": mask is not None}
-    blocks = grid[0] // walk.chunks
+    words |= {"GAMMA": gamma is not None, "MASKED": mask is not None}
+    blocks = grid[1]
     total, total_scales = walk.empty()
-    token_scales = walk.exponents.new_empty(walk.programs, q.shape[2], walk.wide_value)
-    partial = walk.near.new_empty(blocks, walk.programs, q.shape[2], walk.wide)
+    token_scales = walk.exponents.new_empty(walk.lines, walk.chunk, walk.wide_value)
+    partial = walk.near.new_empty(blocks, walk.programs, walk.padded, walk.wide)
     gamma_grad = walk.near.new_empty(*q.shape[:2], walk.chunks * blocks)
     dq, dk, dv = (shared.tokens_first(x, x.shape[3]) for x in (q, k, v))
     tensors = (
@@ -725,7 +949,7 @@ def _xnorm_backward(
         k,
         v,
         q if gamma is None else gamma,
-        shared.pointer(mask, q),
+        walk.pointer,
         walk.exponents,
         walk.near,
         walk.inverse,
@@ -736,25 +960,26 @@ def _xnorm_backward(
         total_scales,
         partial,
     )
-    sizes = q.shape[2], q.shape[1], q.shape[3], v.shape[3], walk.eps, walk.lowest
-    strides = *grad.stride(), *q.stride(), *k.stride(), *v.stride(), *shared.mask_strides(mask)
+    sizes = *walk.sizes, walk.eps, walk.lowest
+    strides = *grad.stride(), *q.stride(), *walk.key_strides
     _backward_totals[grid](*tensors, gamma_grad, *sizes, *strides, **words)
     _sum_blocks(partial, q, dq, walk.eps, True)
-    matrices = {name: words[name] for name in ("D", "E", "COLUMNS", "num_warps")}
-    _scan_backward[blocks, walk.programs](total, total_scales, walk.chunks, **matrices)
+    scan_grid, scan_words = walk.launch_scan(COLUMNS)
+    _scan_backward[scan_grid](total, total_scales, walk.chunks, **scan_words)
     _gradients[grid](*tensors, dv, *sizes, *strides, *dv.stride(), SPAN=SPAN, **words)
     _sum_blocks(partial, k, dk, walk.eps, False)
     return dq, dk, dv, gamma_grad.sum(-1)
 
 
 def _sum_blocks(partial: Tensor, x: Tensor, out: Tensor, eps: float, unit: bool) -> None:
-    blocks, programs, tokens, wide = partial.shape
-    _added[triton.cdiv(tokens, shared.BLOCK), programs](
+    blocks, programs, padded, wide = partial.shape
+    _added[triton.cdiv(x.shape[2], shared.BLOCK), programs](
         partial,
         x,
         out,
         blocks,
-        tokens,
+        x.shape[2],
+        padded,
         x.shape[1],
         x.shape[3],
         eps,
@@ -763,6 +988,7 @@ def _sum_blocks(partial: Tensor, x: Tensor, out: Tensor, eps: float, unit: bool)
         D=wide,
         BLOCK=shared.BLOCK,
         UNIT=unit,
+        num_warps=shared.warps(wide),
     )
 
 
