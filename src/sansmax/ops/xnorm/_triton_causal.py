@@ -14,7 +14,7 @@ square nor a product k v leaves float32, and what remains where large tokens can
 """
 
 # A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
 
@@ -39,7 +39,7 @@ COLUMNS_BACKWARD = 32
 ENTRIES = 2**16 if INTERPRETED else 2**10
 # The walk that sums a chunk sees no lengths: its products lie above 2^-226 of the largest.
 SUM_SHIFT = 100
-SMALLEST = tl.constexpr(2.0**-64)
+SMALLEST = tl.constexpr(2.0**-63)
 NOTHING = tl.constexpr(-1000)
 
 
@@ -204,12 +204,15 @@ def _add(m, scale, target, key, exponent, values, SHIFT: tl.constexpr = 0):
 
 @triton.jit
 def _measured(m, scale, query, eps, lowest):
-    """q^ u, the divisor of m, whether that is its length, and the scale at which m is about 1."""
-    norm = tl.sqrt(tl.sum(m * m, 1))
+    """q^ m, the divisor of m, q^ m / |m|^2 (0 if the divisor is not |m|), and the scale at which m is
+    about 1."""
+    squares = tl.sum(m * m, 1)
+    row = tl.sum(query[:, :, None] * m, 1)
+    norm = tl.sqrt(squares)
     floor = tl.maximum(eps * _two(-scale), SMALLEST)
     length = tl.maximum(norm, floor)
-    row = tl.sum(query[:, :, None] * m, 1) / length
-    return row, length, norm > floor, tl.maximum(scale + _exponent(norm), lowest)
+    along = tl.where(norm > floor, row / tl.maximum(squares, SMALLEST * SMALLEST), 0.0)
+    return row / length, length, along, tl.maximum(scale + _exponent(norm), lowest)
 
 
 @triton.jit
@@ -419,10 +422,10 @@ def _output(
 
 
 @triton.jit
-def _add_gradient(acc, power, m, scale, query, row, length, free, g):
+def _add_gradient(acc, power, m, scale, query, length, along, g):
     """The sum of the gradients of M, acc 2^power, with that of one more: (q^ g - u o g) / |M|."""
     left = g / length
-    right = tl.where(free, left * row / length, 0.0)
+    right = left * along
     own = _exponent(left)
     left, right = left * _two(-own), right * _two(-own)
     own = tl.where(left == 0, NOTHING, own - scale)
@@ -495,7 +498,7 @@ def _backward_totals(
     scale = tl.load(scales + line[:, None] * E + e[None, :])
     target = scale
     acc, power = tl.zeros([GROUP, D, COLUMNS], tl.float32), tl.full([GROUP, COLUMNS], NOTHING, tl.int32)
-    along = tl.zeros([GROUP, COLUMNS], tl.float32)
+    weighed = tl.zeros([GROUP, COLUMNS], tl.float32)
     for i in range(tl.minimum(CHUNK, tokens)):
         key, exponent, values = _pair(
             k,
@@ -544,17 +547,17 @@ def _backward_totals(
             q_d,
             CHUNK,
         )
-        row, length, free, target = _measured(m, scale, query, eps, lowest)
+        row, length, along, target = _measured(m, scale, query, eps, lowest)
         at, n = line * CHUNK + i, start + i
         tl.store(token_scales + at[:, None] * E + e[None, :], scale)
         g = _token(grad, batch, head, n, e, n < tokens, value_dim, g_b, g_h, g_n, g_d)
-        along += row * g
+        weighed += row * g
         g *= (factor * factor)[:, None]
         tl.store(partial + at[:, None] * D + d[None, :], tl.sum(m * (g / length)[:, None, :], 2))
-        acc, power = _add_gradient(acc, power, m, scale, query, row, length, free, g)
+        acc, power = _add_gradient(acc, power, m, scale, query, length, along, g)
     tl.store(_matrices(total, line, d, e, D, E), acc)
     tl.store(total_scales + line[:, None] * E + e[None, :], power)
-    tl.store(gamma_grad + line * tl.num_programs(1) + block, tl.sum(along, 1))
+    tl.store(gamma_grad + line * tl.num_programs(1) + block, tl.sum(weighed, 1))
 
 
 @triton.jit
@@ -733,11 +736,11 @@ def _gradients(
                 q_d,
                 CHUNK,
             )
-            row, length, free, _ = _measured(m, scale, query, eps, lowest)
+            _, length, along, _ = _measured(m, scale, query, eps, lowest)
             n = start + j
             g = _token(grad, batch, head, n, e, n < tokens, value_dim, g_b, g_h, g_n, g_d)
             g *= (factor * factor)[:, None]
-            acc, power = _add_gradient(acc, power, m, scale, query, row, length, free, g)
+            acc, power = _add_gradient(acc, power, m, scale, query, length, along, g)
             key, exponent, values = _pair(
                 k,
                 v,
