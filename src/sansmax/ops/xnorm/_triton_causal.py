@@ -29,7 +29,7 @@ from .triton import _gamma
 
 # Tokens of a chunk; values wider than 64 take more, so that the states before the chunks, in float32, are 1.3
 # times q, k and v in bfloat16. The interpreter's tests see several chunks.
-CHUNK = 8 if INTERPRETED else 32
+CHUNK = 4 if INTERPRETED else 32
 # The backward pass walks to each token from the first of its span, and there from the first of the chunk.
 SPAN = 3 if INTERPRETED else 8
 # Columns of a program; the backward pass keeps as many float32 numbers for every token as there are blocks.
@@ -295,17 +295,30 @@ def _sums(
 
 
 @triton.jit
-def _scan_forward(product, scales, chunks, lowest, D: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr):
+def _scan_forward(
+    product,
+    scales,
+    programs,
+    chunks,
+    lowest,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """What lies before each chunk, in place of the chunk's own sum."""
+    program = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    m, scale = tl.zeros([1, D, COLUMNS], tl.float32), tl.zeros([1, COLUMNS], tl.int32) + lowest
+    inside = program < programs
+    m, scale = tl.zeros([GROUP, D, COLUMNS], tl.float32), tl.zeros([GROUP, COLUMNS], tl.int32) + lowest
     for chunk in range(chunks):
-        line = tl.program_id(0).to(tl.int64) * chunks + chunk + tl.arange(0, 1)
+        line = program * chunks + chunk
         matrix = _matrices(product, line, d, e, D, E)
         place = scales + line[:, None] * E + e[None, :]
-        one, own = tl.load(matrix), tl.load(place)
-        tl.store(matrix, m)
-        tl.store(place, scale)
+        one = tl.load(matrix, mask=inside[:, None, None], other=0.0)
+        own = tl.load(place, mask=inside[:, None], other=0)
+        tl.store(matrix, m, mask=inside[:, None, None])
+        tl.store(place, scale, mask=inside[:, None])
         now = tl.maximum(scale, own)
         m = m * _two(scale - now)[:, None, :] + one * _two(own - now)[:, None, :]
         m, scale = _settled(m, now, lowest)
@@ -561,17 +574,29 @@ def _backward_totals(
 
 
 @triton.jit
-def _scan_backward(total, scales, chunks, D: tl.constexpr, E: tl.constexpr, COLUMNS: tl.constexpr):
+def _scan_backward(
+    total,
+    scales,
+    programs,
+    chunks,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """What lies after each chunk, in place of the chunk's own sum."""
+    program = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     d, e = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    acc, power = tl.zeros([1, D, COLUMNS], tl.float32), tl.full([1, COLUMNS], NOTHING, tl.int32)
+    inside = program < programs
+    acc, power = tl.zeros([GROUP, D, COLUMNS], tl.float32), tl.full([GROUP, COLUMNS], NOTHING, tl.int32)
     for back in range(chunks):
-        line = tl.program_id(0).to(tl.int64) * chunks + chunks - 1 - back + tl.arange(0, 1)
+        line = program * chunks + chunks - 1 - back
         matrix = _matrices(total, line, d, e, D, E)
         place = scales + line[:, None] * E + e[None, :]
-        one, own = tl.load(matrix), tl.load(place)
-        tl.store(matrix, acc)
-        tl.store(place, power)
+        one = tl.load(matrix, mask=inside[:, None, None], other=0.0)
+        own = tl.load(place, mask=inside[:, None], other=0)
+        tl.store(matrix, acc, mask=inside[:, None, None])
+        tl.store(place, power, mask=inside[:, None])
         now = tl.maximum(power, own)
         acc = acc * _two(power - now)[:, None, :] + one * _two(own - now)[:, None, :]
         power = now
@@ -861,7 +886,7 @@ class _Walk:
             MASKED=masked,
         )
         self.state, self.scales = self.empty()
-        grid, words = self.launch(COLUMNS)
+        grid, words = self.launch(COLUMNS, self.lines)
         _sums[grid](
             k,
             v,
@@ -872,36 +897,37 @@ class _Walk:
             *self.sizes,
             self.lowest,
             *self.key_strides,
+            CHUNK=self.chunk,
             SHIFT=SUM_SHIFT,
             MASKED=masked,
             **words,
         )
-        grid, words = self.launch_scan(COLUMNS)
-        _scan_forward[grid](self.state, self.scales, self.chunks, self.lowest, **words)
+        grid, words = self.launch(COLUMNS, self.programs)
+        _scan_forward[grid](self.state, self.scales, self.programs, self.chunks, self.lowest, **words)
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """A matrix for each chunk, and the exponents of its columns."""
         scales = self.exponents.new_empty(self.lines, self.wide_value)
         return self.near.new_empty(self.lines, self.wide, self.wide_value), scales
 
-    def launch(self, columns: int) -> tuple[tuple[int, int], dict]:
-        """The grid of a walk, chunks and blocks of columns, and its constants."""
-        (_, blocks), words = self.launch_scan(columns)
-        entries = self.wide * words["COLUMNS"]
-        group = max(1, ENTRIES // entries)
-        return (triton.cdiv(self.lines, group), blocks), words | {"CHUNK": self.chunk, "GROUP": group}
-
-    def launch_scan(self, columns: int) -> tuple[tuple[int, int], dict]:
+    def launch(self, columns: int, over: int) -> tuple[tuple[int, int], dict]:
+        """The grid, `over` (chunks or heads) and blocks of columns, and the constants."""
         columns = min(columns, self.wide_value)
-        words = {"D": self.wide, "E": self.wide_value, "COLUMNS": columns}
-        warps = max(1, self.wide * columns // 2**10)
-        return (self.programs, self.wide_value // columns), words | {"num_warps": warps}
+        group = max(1, ENTRIES // (self.wide * columns))
+        words = {
+            "D": self.wide,
+            "E": self.wide_value,
+            "COLUMNS": columns,
+            "GROUP": group,
+            "num_warps": max(1, self.wide * columns // 2**10),
+        }
+        return (triton.cdiv(over, group), self.wide_value // columns), words
 
 
 @torch.library.custom_op("sansmax::xnorm_causal", mutates_args=())
 def _xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
     out, walk = shared.tokens_first(q, v.shape[3]), _Walk(q, k, v, mask, eps)
-    grid, words = walk.launch(COLUMNS)
+    grid, words = walk.launch(COLUMNS, walk.lines)
     _output[grid](
         q,
         k,
@@ -920,6 +946,7 @@ def _xnorm(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, mask: Tensor |
         *q.stride(),
         *walk.key_strides,
         *out.stride(),
+        CHUNK=walk.chunk,
         GAMMA=gamma is not None,
         MASKED=mask is not None,
         **words,
@@ -938,8 +965,8 @@ def _xnorm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, and (B, H) the sum of grad out without gamma, for each image."""
     walk = _Walk(q, k, v, mask, eps)
-    grid, words = walk.launch(COLUMNS_BACKWARD)
-    words |= {"GAMMA": gamma is not None, "MASKED": mask is not None}
+    grid, words = walk.launch(COLUMNS_BACKWARD, walk.lines)
+    words |= {"CHUNK": walk.chunk, "GAMMA": gamma is not None, "MASKED": mask is not None}
     blocks = grid[1]
     total, total_scales = walk.empty()
     token_scales = walk.exponents.new_empty(walk.lines, walk.chunk, walk.wide_value)
@@ -967,8 +994,8 @@ def _xnorm_backward(
     strides = *grad.stride(), *q.stride(), *walk.key_strides
     _backward_totals[grid](*tensors, gamma_grad, *sizes, *strides, **words)
     _sum_blocks(partial, q, dq, walk.eps, True)
-    scan_grid, scan_words = walk.launch_scan(COLUMNS)
-    _scan_backward[scan_grid](total, total_scales, walk.chunks, **scan_words)
+    scan_grid, scan_words = walk.launch(COLUMNS, walk.programs)
+    _scan_backward[scan_grid](total, total_scales, walk.programs, walk.chunks, **scan_words)
     _gradients[grid](*tensors, dv, *sizes, *strides, *dv.stride(), SPAN=SPAN, **words)
     _sum_blocks(partial, k, dk, walk.eps, False)
     return dq, dk, dv, gamma_grad.sum(-1)
