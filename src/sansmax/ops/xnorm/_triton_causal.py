@@ -37,8 +37,8 @@ COLUMNS = 16
 COLUMNS_BACKWARD = 32
 # Entries of M in a program, 32 registers of a thread for each warp: where heads are narrow, several chunks.
 ENTRIES = 2**16 if INTERPRETED else 2**10
-# The walk that sums a chunk sees no lengths: its products lie above 2^-226 of the largest.
-SUM_SHIFT = 100
+# The walk that sums a chunk sees no lengths: products down to 2^-240 of the largest count, and 64 fit.
+SUM_SHIFT = 116
 SMALLEST = tl.constexpr(2.0**-63)
 NOTHING = tl.constexpr(-1000)
 
@@ -212,13 +212,15 @@ def _measured(m, scale, query, eps, lowest):
     floor = tl.maximum(eps * _two(-scale), SMALLEST)
     length = tl.maximum(norm, floor)
     along = tl.where(norm > floor, row / tl.maximum(squares, SMALLEST * SMALLEST), 0.0)
-    return row / length, length, along, tl.maximum(scale + _exponent(norm), lowest)
+    target = tl.where(squares > 0, tl.maximum(scale + _exponent(norm), lowest), lowest)
+    return row / length, length, along, target
 
 
 @triton.jit
 def _settled(m, scale, lowest):
     """The same M with columns whose largest entries are about 1."""
-    now = tl.maximum(scale + _exponent(tl.max(tl.abs(m), 1)), lowest)
+    top = tl.max(tl.abs(m), 1)
+    now = tl.where(top > 0, tl.maximum(scale + _exponent(top), lowest), lowest)
     return m * _two(scale - now)[:, None, :], now
 
 
