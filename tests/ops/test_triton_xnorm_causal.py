@@ -66,12 +66,29 @@ def test_columns_that_cancel(error):
     want = xnorm(*(t.double() for t in leaves), causal=True, backend="reference")
     assert (got[:, :, 1::2] == 0).all()
     assert error(got[:, :, ::2], want[:, :, ::2]) < 1e-6
-    sizes = torch.tensor([1e18, 1e-18, 1e3, 1e-10, 1]).double().repeat_interleave(2)[:, None].to(DEVICE)
-    leaves = [t.float() for t in (q, k * sizes, v * sizes, gamma)]
+    k[:, :, :2], v[:, :, :2] = k[:, :, :2] * 1e18, v[:, :, :2] * 1e18
+    k[:, :, 2:], v[:, :, 2:] = k[:, :, 2:] * 1e-18, v[:, :, 2:].abs() * 1e-18
+    leaves = [t.float() for t in (q, k, v, gamma)]
     got = xnorm(*leaves, causal=True, eps=1e-40, backend="triton")
     want = xnorm(*(t.double() for t in leaves), causal=True, eps=1e-40, backend="reference")
-    assert (got[:, :, 1::2] == 0).all()
-    assert error(got[:, :, ::2], want[:, :, ::2]) < 1e-6
+    assert (got[:, :, 1] == 0).all()
+    assert error(got[:, :, 2:], want[:, :, 2:]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter
+def test_gradients_of_large_tokens_after_zeros(error):
+    """Tokens without a gradient, whose M is tiny, do not set the scale of the gradients' sum."""
+    q, k, v, gamma = inputs()
+    k, v = k * 1e18, v * 1e18
+    k[:, :, :3] = 0
+    grads = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "triton")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, gamma)]
+        out = xnorm(*leaves, causal=True, eps=1e-40, backend=backend)
+        grads.append(torch.autograd.grad(out[:, :, 3:].square().sum(), leaves[1:3]))
+    for want, got in zip(*grads, strict=True):
+        assert error(got, want) < 1e-5
+        assert error(got[:, :, :3], want[:, :, :3]) < 1e-5
 
 
 def test_columns_that_nearly_cancel(error):
@@ -86,7 +103,7 @@ def test_columns_that_are_zero_at_first(error):
     q, k, v, gamma = inputs()
     v[:, :, :6, 1], v[:, :, :3, 2], v[..., 3], q[:, :, 7] = 0, 0, 0, 0
     k[:, :, 0] = 0
-    assert_close([q, k, v, gamma], torch.float32, error, eps=1e-3)
+    assert_close([q, k, v, gamma], torch.float32, error, eps=3.0)  # some columns are shorter, some longer
     leaves = [t.float() for t in (q, k, v, gamma)]
     got = results(leaves, "triton", torch.float32)
     assert all(t.isfinite().all() for t in got)

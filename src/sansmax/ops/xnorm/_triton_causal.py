@@ -14,7 +14,7 @@ square nor a product k v leaves float32, and what remains where large tokens can
 """
 
 # A launch, kernel[grid](...), is typed as a call of the kernel.
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 import math
 
