@@ -24,6 +24,7 @@ from . import fused
 
 __all__ = ["XNormState", "example", "flops", "xnorm", "xnorm_init_state", "xnorm_step"]
 
+KERNEL_FORMS = ("", "causal")
 # Of the kernels: a matrix of a head is held whole.
 WIDEST = 128
 
@@ -62,11 +63,14 @@ def xnorm(
     if gamma is not None:
         _check.floating("xnorm", q=q, gamma=gamma.to(q.dtype) if gamma.is_floating_point() else gamma)
         _check.shape("xnorm", "gamma", gamma, (q.shape[1],), "gamma is one number per head")
-    unserved = "the causal form has no kernel" if causal else None
     limits = ("head width", q.shape[3], WIDEST), ("value width", v.shape[3], WIDEST)
-    name, _ = choose("xnorm", backend, q, limits, unserved=unserved, explain=explain)
+    name, _ = choose("xnorm", backend, q, limits, explain=explain)
     q = _check.finite_queries(mask, q)
     if name == "triton":
+        if causal:
+            from . import _triton_causal
+
+            return _triton_causal.xnorm(q, k, v, gamma, mask, eps)
         from . import triton
 
         return triton.xnorm(q, k, v, gamma, mask, eps)
