@@ -11,6 +11,7 @@ import torch
 import tyro
 
 import sansmax
+import sansmax.models
 from sansmax.bench import measure
 from sansmax.train.checkpoint import write_json
 
