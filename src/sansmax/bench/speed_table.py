@@ -21,6 +21,7 @@ ABOUT = {
     "heads": "heads",
     "dim": "dim",
     "backend": "backend",
+    "causal": "causal",
     "dtype": "dtype",
     "device": "device",
     "pass": "pass",
