@@ -168,6 +168,30 @@ def test_extremes(dtype, size, tolerance, causal, error):
     assert error(sima(q, k, v, causal=causal), want) < tolerance
 
 
+@pytest.mark.parametrize("size", [1, 1e30])  # of v
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [5, 600, 1100])
+def test_late_sums_out_of_range_change_no_earlier_row(tokens, dtype, size, error):
+    torch.manual_seed(7)
+    q, k, v = torch.randn(3, 1, 2, tokens, 8, dtype=dtype).clamp(-1, 1).unbind(0)
+    early = sima(q[:, :, :-4], k[:, :, :-4], v[:, :, :-4] * size, causal=True)
+    late = torch.finfo(dtype).max / 1.1
+    q[:, :, -4:] *= late
+    k[:, :, -4:] *= late
+    got = sima(q, k, v * size, causal=True, backend="fused")
+    # A power of two below the range cancels.
+    q, k, v = q.double() * 2**-60, k.double() * 2**-60, v.double()
+    want = sima(q, k, v * size, causal=True, backend="reference", eps=1e-12 * 2**-60)
+    assert error(got[:, :, :-4], early) < (1e-13 if dtype == torch.float64 else 1e-5)
+    assert error(got[:, :, -4:], want[:, :, -4:]) < (1e-13 if dtype == torch.float64 else 1e-5)
+
+
+def test_a_key_that_is_not_finite_shows():
+    q, k, v = torch.randn(3, 1, 1, 100, 4).unbind(0)
+    k[:, :, 70] = torch.inf
+    assert sima(q, k, v, causal=True, backend="fused").isnan().any()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("order", ["qk", "kv"])
 @pytest.mark.parametrize("q_scale", [1e-11, 1, 1e20, 3e38])

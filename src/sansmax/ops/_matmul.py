@@ -33,7 +33,8 @@ def prefix_sums(x: Tensor, spare: bool = False) -> Tensor:
     """cumsum(-2) of (..., T, C), as products with a triangle of ones: torch.cumsum takes 3 to 4 times as
     long.
 
-    Terms of one sign are never subtracted. With `spare` x may be overwritten.
+    Terms of one sign are never subtracted. A sum that overflows, which shows in the last row, makes earlier
+    rows NaN. With `spare` x may be overwritten.
     """
     if torch.compiler.is_compiling() or x.shape[-2] <= CHUNK:
         return x.cumsum(-2)

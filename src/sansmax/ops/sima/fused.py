@@ -16,6 +16,8 @@ ENTRIES = 3 << 16
 # Sums of |q| and of |k| up to here leave float32 room for small values; 100,000 tokens have 3e7 (400
 # channels).
 LIMIT = 1e10
+# Brings sums over 2^60 tokens back into the range of float64; cancels in q / Sq and in k / Sk.
+OUT_OF_RANGE = 2.0**-60
 
 
 def sima(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, order: str) -> Tensor:
@@ -148,13 +150,24 @@ def _abs_sum(x: Tensor) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
-    q_sum = prefix_sums(q.abs(), spare=True).clamp(min=eps)
-    k_sum = prefix_sums(k.abs(), spare=True).clamp(min=eps)
-    if readable(q, k, v) and not finite(heads_matmul(k.mT, v)):
-        # One scale per channel cancels in k / Sk. It is not the default because it looks ahead: early keys
-        # that are 1e38 times smaller than the largest would vanish.
-        top = k.detach().abs().amax(-2, keepdim=True).clamp(min=eps)
-        k, k_sum = k / top, k_sum / top
+    q_sum, k_sum = _running_sums(q, k, eps)
+    if readable(q, k, v) and not (
+        finite(q_sum[:, :, -1] + k_sum[:, :, -1]) and finite(heads_matmul(k.mT, v))
+    ):
+        # v's scale is no default because it looks ahead: early values 1e308 times smaller than the largest
+        # vanish.
+        dtype, top = q.dtype, v.detach().abs().amax(-2, keepdim=True).double().clamp(min=1)
+        q, k, v = q.double() * OUT_OF_RANGE, k.double() * OUT_OF_RANGE, v / top
+        sums = _running_sums(q, k, eps * OUT_OF_RANGE)
+        return (_causal_products(q, k, v, *sums, chunk) * top).to(dtype)
+    return _causal_products(q, k, v, q_sum, k_sum, chunk)
+
+
+def _running_sums(q: Tensor, k: Tensor, eps: float) -> list[Tensor]:
+    return [prefix_sums(t.abs(), spare=True).clamp(min=eps) for t in (q, k)]
+
+
+def _causal_products(q: Tensor, k: Tensor, v: Tensor, q_sum: Tensor, k_sum: Tensor, chunk: int) -> Tensor:
     in_place = overwritable(q, k, v)
     weights = torch.div(q, q_sum, out=q_sum).div_(k_sum) if in_place else q / q_sum / k_sum
     batch, heads, tokens, _ = q.shape
