@@ -10,7 +10,7 @@ from torch import nn
 from sansmax.tasks.classification import Classification
 from sansmax.train import checkpoint
 from sansmax.train.loop import train
-from sansmax.train.verdicts import evaluate, scores
+from sansmax.train.verdicts import evaluate
 from small_task import digits, network, recipe
 
 
@@ -70,7 +70,7 @@ def test_the_outcome_belongs_to_the_network_that_was_trained_in_place(task):
     outcome = train(model, task, recipe(), None, lambda *point: told.append(point))
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     verdicts = evaluate(model, task, Accelerator(cpu=True), batch_size=33)
-    found = scores(verdicts, 10)
+    found = task.scores(verdicts)
     labels = task.source._val[1]
     images = torch.cat([batch.images for batch in task.val_batches(0, 1, 70)])
     logits = model(images)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sansmax.cli import main
 from sansmax.tasks._data.batches import Decoded
-from sansmax.train import checkpoint
+from sansmax.train import checkpoint, images
 from sansmax.train import run as runs
 from sansmax.train.network import load_network
 from sansmax.train.recipe import Augment, Data, Distil, Recipe
@@ -71,7 +71,7 @@ def test_the_folder_holds_what_the_docstring_says(folder):
     info = json.loads((folder / "recipe.json").read_text())
     assert set(info) == {
         *("sansmax", "commit", "command", "recipe", "classes", "data", "network", "machine", "versions"),
-        *("started", "best"),
+        *("started", "best", "task", "figures", "higher", "unit"),
     }
     assert info["command"] == "sansmax train as given"
     assert Recipe.from_json(info["recipe"]) == small(folder, epochs=3, tensorboard=True)
@@ -151,16 +151,16 @@ def test_weights_of_a_run_are_loaded_by_the_folders_name(folder):
 def test_tensorboard_can_be_read_and_lines_are_not_doubled_on_going_on(no_report, monkeypatch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    kept = runs.artifacts.save_verdicts
+    kept = images.save_verdicts
 
     def crash(*_):
         raise KeyError
 
     recipe = small(tmp_path, tensorboard=True, save_every=2)
-    monkeypatch.setattr(runs.artifacts, "save_verdicts", crash)
+    monkeypatch.setattr(images, "save_verdicts", crash)
     with pytest.raises(KeyError):
         run(recipe)
-    monkeypatch.setattr(runs.artifacts, "save_verdicts", kept)
+    monkeypatch.setattr(images, "save_verdicts", kept)
     for path in checkpoint.States(tmp_path / "states").paths()[1:]:
         path.unlink()  # back to update 4
     run(replace(recipe, resume=True))
@@ -188,7 +188,7 @@ def test_going_on_keeps_what_was_told_of_the_beginning(no_report, monkeypatch, t
     def stop(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runs.artifacts, "save_verdicts", stop)
+    monkeypatch.setattr(images, "save_verdicts", stop)
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted by SIGTERM: update 6 of 15 is saved in"):
         run(small(out, epochs=3), command="first")
     before = json.loads((out / "recipe.json").read_text())
@@ -229,14 +229,14 @@ def test_weights_count_until_there_is_a_state(no_report, folder, monkeypatch, tm
 def test_weights_from_a_run(folder, file):
     recipe = small("x", weights=str(folder / file), img_size=8)
     source = Source(10)
-    model = runs.network(recipe, source)
-    runs.load_weights(model, recipe)
+    model = images.network(recipe, source)
+    images.load_weights(model, recipe)
     best = safetensors.torch.load_file(folder / "best.safetensors")
     assert all(torch.equal(best[name], value) for name, value in model.state_dict().items())
     # Of another number of classes: a new head, the rest as it was.
-    other = runs.network(recipe, Source(7))
+    other = images.network(recipe, Source(7))
     fresh = other.head.weight.clone()
-    runs.load_weights(other, recipe)
+    images.load_weights(other, recipe)
     assert torch.equal(other.head.weight, fresh)
     assert torch.equal(other.blocks[0].attn.qkv.weight, best["blocks.0.attn.qkv.weight"])
 
@@ -266,20 +266,20 @@ class Source:
 )
 def test_weights_that_do_not_fit_are_named(folder, changes, words):
     recipe = replace(small("x", weights=str(folder), img_size=8), **changes)
-    model = runs.network(recipe, Source(10))
+    model = images.network(recipe, Source(10))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with (
         pytest.raises(ValueError, match=words)
         if "nowhere" not in words
         else pytest.raises(OSError, match=words)
     ):
-        runs.load_weights(model, recipe)
+        images.load_weights(model, recipe)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_teacher_is_a_run_and_sees_images_as_it_learned_them(folder):
     recipe = small("x", distil=Distil(teacher=str(folder), kind="soft", alpha=0.3, tau=2.0))
-    given = runs.teacher(recipe, Source(10), 8, torch.device("cpu"))
+    given = images.teacher(recipe, Source(10), 8, torch.device("cpu"))
     assert (given.kind, given.alpha, given.tau) == ("soft", 0.3, 2.0)
     loaded = load_network(str(folder))
     pixels = torch.rand(3, 1, 8, 8)
@@ -303,13 +303,13 @@ def test_a_teacher_of_other_classes_is_refused(folder):
         (Source(10, (0.5,) * 3), "distil.teacher: expected a network for 3 channels, got .* with 1"),
     ]:
         with pytest.raises(ValueError, match=words):
-            runs.teacher(recipe, source, 8, torch.device("cpu"))
+            images.teacher(recipe, source, 8, torch.device("cpu"))
     named = Source(10)
     named.classes = named.classes[::-1]
     with pytest.raises(
         ValueError, match=r"distil.teacher: expected a network that learned the classes of test in"
     ):
-        runs.teacher(recipe, named, 8, torch.device("cpu"))
+        images.teacher(recipe, named, 8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_settings_that_do_not_fit_are_named_before_training(changes, words, tmp_
     ],
 )
 def test_a_network_that_does_not_classify_is_named_before_training(model, words, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "build", lambda *_, **__: model)
+    monkeypatch.setattr(images, "build", lambda *_, **__: model)
     with pytest.raises(ValueError, match=words):
         run(small(tmp_path))
     assert not (tmp_path / "recipe.json").exists()
@@ -509,7 +509,7 @@ def test_a_worker_that_died_is_named(no_report, monkeypatch, capsys, pictures, t
     monkeypatch.setattr(Decoded, "__getitem__", deadly)
     given = shlex.split(from_files(pictures, tmp_path / "x").command())
     told = refused(capsys, *given[1:])
-    assert "data.workers: expected processes that decode images to live, got 'DataLoader worker" in told
+    assert "data.workers: expected processes that decode samples to live, got 'DataLoader worker" in told
     assert "lower --data.workers or free memory (also /dev/shm); nothing was saved yet in" in told
 
 

@@ -1,6 +1,6 @@
 """The plots of training runs: curves of one run and of several, and the reliability diagram."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from ._evaluation import Bin
 from ._plots import MUTED, STYLES, Style, as_svg, draw, frame, label_ends, plain
 
-__all__ = ["SERIES", "Line", "clock_unit", "curve", "palette", "reliability"]
+__all__ = ["SERIES", "Line", "clock_unit", "curve", "palette", "reliability", "styles"]
 
 POINTS = 240  # of a line; more cannot be told apart at this size
 PALETTE = [
     *(STYLES[name] for name in ("aft_full", "sima", "soft", "external", "xnorm", "aft_conv", "softmax")),
     *(STYLES[name] for name in ("external_multihead", "soft_norm", "aft_local", "aft_simple")),
 ]
-SERIES = {"training": PALETTE[0], "held-out": PALETTE[1], "top-1": PALETTE[2], "top-5": PALETTE[3]}
+SERIES = {"training": PALETTE[0], "held-out": PALETTE[1]}
 
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -25,6 +25,12 @@ Line = tuple[Sequence[float], Sequence[float]]
 def palette(count: int) -> dict[str, Style]:
     """{"1": style, ...}: the runs of a comparison have numbers for names."""
     return {str(i + 1): PALETTE[i % len(PALETTE)] for i in range(count)}
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """Of the lines of a plot of one run."""
+    free = iter(PALETTE[2:])
+    return {name: SERIES.get(name) or next(free) for name in names}
 
 
 def clock_unit(seconds: float) -> tuple[str, float]:

@@ -36,6 +36,7 @@ def render_run(run: RunRecord, defaults: Mapping[str, Any] | None = None) -> str
         plots=_plots(run),
         evaluation=_evaluated(run.evaluation) if run.evaluation else None,
         gallery={kind: [_picture(p) for p in run.gallery if p["kind"] == kind] for kind in ("worst", "best")},
+        pictures=[_picture(picture) for picture in run.pictures],
         recipe=_recipe(run.info["recipe"], defaults),
         words=_words,
         number=number,
@@ -50,7 +51,7 @@ def render_runs(runs: Sequence[RunRecord]) -> str:
         "_runs.html.jinja",
         runs=runs,
         names=_names(runs),
-        columns=COLUMNS,
+        columns=_columns(runs),
         rows=_rows(runs),
         styles=_run_plots.palette(len(runs)),
         plots=_overlaid(runs),
@@ -65,8 +66,8 @@ def table(runs: Sequence[RunRecord]) -> Table:
     """The figures of runs for rich.print."""
     shown = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     shown.add_column("run", min_width=16, overflow="fold")
-    for column in COLUMNS:
-        shown.add_column(column.title.removesuffix(" / image"), justify="right")
+    for column in _columns(runs):
+        shown.add_column(column.title.partition(" / ")[0], justify="right")
     for name, row in zip(_names(runs), _rows(runs), strict=True):
         shown.add_row(
             Text(name), *(Text(c.text, style="bold green" if c.best and len(runs) > 1 else "") for c in row)
@@ -86,29 +87,53 @@ def _clock(seconds: float) -> str:
     return f"{number(seconds)} s"
 
 
-def _best(key: str):
-    return lambda run: (run.best or {}).get(key)
+def _columns(runs: Sequence[RunRecord]) -> list[Column]:
+    """Of the table of runs of one task.
 
+    Raises:
+        ValueError: they are of several tasks.
+    """
+    if len(tasks := {run.task for run in runs}) > 1:
+        raise ValueError(f"run: expected runs of one task, got {' and '.join(sorted(tasks))}; name fewer")
+    first, *others = runs[0].figures.items()
+    higher, unit = runs[0].info.get("higher", True), runs[0].unit
+    best = max if higher else min
 
-COLUMNS = (
-    Column("top-1 %", "of the best evaluation", _best("top1"), _percent, max, True),
-    Column("top-5 %", "of the same evaluation", _best("top5"), _percent, max),
-    Column("loss", "cross-entropy on held-out images, same evaluation", _best("loss"), number, min),
-    Column("epochs", "passes over the training images", lambda run: run.epochs_done, lambda v: f"{v:.4g}"),
-    Column("params", "of the whole network", lambda run: run.info["network"].get("params"), count),
-    Column(
-        "FLOPs / image",
-        "of one forward pass, two for each multiply-add",
-        lambda run: run.info["network"].get("flops"),
-        count,
-    ),
-    Column("img/s", "images per second in training, median", lambda run: run.images_per_s, number, max, True),
-    Column("time", "training time", lambda run: run.seconds, _clock, None, True),
-)
+    def figure(key: str, title: str, note: str, best: Any, bold: bool) -> Column:
+        words = _percent if title.endswith(", %") else number
+        if key == "loss":
+            note = f"on held-out {unit}, {note}"
+        return Column(
+            title.replace(", %", " %"), note, lambda run: (run.best or {}).get(key), words, best, bold
+        )
+
+    return [
+        figure(*first, "of the best evaluation", best, True),
+        *(figure(k, t, "of the same evaluation", min if k == "loss" else best, False) for k, t in others),
+        Column(
+            "epochs", f"passes over the training {unit}", lambda run: run.epochs_done, lambda v: f"{v:.4g}"
+        ),
+        Column("params", "of the whole network", lambda run: run.info["network"].get("params"), count),
+        Column(
+            f"FLOPs / {unit.removesuffix('s')}",
+            "of one forward pass, two for each multiply-add",
+            lambda run: run.info["network"].get("flops"),
+            count,
+        ),
+        Column(
+            "img/s" if unit == "images" else f"{unit}/s",
+            f"{unit} per second in training, median",
+            lambda run: run.per_s,
+            number,
+            max,
+            True,
+        ),
+        Column("time", "training time", lambda run: run.seconds, _clock, None, True),
+    ]
 
 
 def _rows(runs: Sequence[RunRecord]) -> list[list[Cell]]:
-    columns = [cells(column, {str(i): run for i, run in enumerate(runs)}) for column in COLUMNS]
+    columns = [cells(column, {str(i): run for i, run in enumerate(runs)}) for column in _columns(runs)]
     return [[column[str(i)] for column in columns] for i in range(len(runs))]
 
 
@@ -127,26 +152,30 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     """[(what, figure, note)]: the headline."""
     best, last, recipe = run.best, run.last, run.info["recipe"]
     tiles = []
-    for key, title in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
-        if best and last and key in best:
-            note = f"best, after epoch {best['epoch']:g}"
-            if last is not best and key in last:
-                note += f"; {_percent(last[key])} % after epoch {last['epoch']:g}"
-            tiles.append((title, f"{_percent(best[key])} %", note))
-    if last and "loss" in last:
-        tiles.append(("held-out loss", number(last["loss"]), f"after epoch {last['epoch']:g}"))
+    for key, title in run.figures.items():
+        if not (best and last and key in best):
+            continue
+        share = title.endswith(", %")
+        title, words = title.removesuffix(", %"), (lambda v: f"{_percent(v)} %") if share else number
+        if key == "loss":
+            tiles.append((f"held-out {title}", words(last[key]), f"after epoch {last['epoch']:g}"))
+            continue
+        note = f"best, after epoch {best['epoch']:g}"
+        if last is not best and key in last:
+            note += f"; {words(last[key])} after epoch {last['epoch']:g}"
+        tiles.append((title, words(best[key]), note))
     done = run.epochs_done
     note = f"of {run.epochs:,}" + ("" if run.finished else ", going on or stopped")
     tiles.append(("epochs", f"{done:.4g}", note))
     if run.seconds is not None:
         tiles.append(("training time", _clock(run.seconds), f"batches of {recipe['batch_size']:,}"))
-    if run.images_per_s is not None:
+    if run.per_s is not None:
         waited = (
             "" if run.data_wait is None else f", {100 * run.data_wait:.0f} % of the time waiting for data"
         )
-        tiles.append(("images/s", number(run.images_per_s), "median" + waited))
+        tiles.append((f"{run.unit}/s", number(run.per_s), "median" + waited))
     tiles.append(("skipped steps", f"{run.skipped_steps:,}", "loss or gradient not finite"))
-    tiles.append(("unreadable images", f"{len(run.skipped):,}", "left out"))
+    tiles.append((f"unreadable {run.unit}", f"{len(run.skipped):,}", "left out"))
     return tiles
 
 
@@ -159,13 +188,19 @@ def _line(
 
 def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
     """[(title, plot)]"""
-    accuracy = {name: _line(run.evals, key, 100) for name, key in (("top-1", "top1"), ("top-5", "top5"))}
-    plots = {
-        "Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")},
-        "Accuracy on held-out images, %": {name: line for name, line in accuracy.items() if line[0]},
+    plots = {"Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")}}
+    for shares in (True, False):
+        names = {k: t for k, t in run.figures.items() if t.endswith(", %") == shares and k != "loss"}
+        lines = {t.removesuffix(", %"): _line(run.evals, k, 100 if shares else 1) for k, t in names.items()}
+        lines = {name: line for name, line in lines.items() if line[0]}
+        if lines:
+            what = "Accuracy" if run.task == "classification" else ", ".join(lines)
+            plots[f"{what} on held-out {run.unit}" + ", %" * shares] = lines
+    held_out = {*plots} - {"Loss"}
+    plots |= {
         "Learning rate": {"training": _line(run.train, "lr")},
         "Gradient norm": {"training": _line(run.train, "grad_norm")},
-        "Training, images per second": {"training": _line(run.train, "images_per_s")},
+        f"Training, {run.unit} per second": {"training": _line(run.train, f"{run.unit}_per_s")},
         "Time spent waiting for data, %": {"training": _line(run.train, "data_wait", 100)},
     }
     logarithmic = ("Loss", "Gradient norm")
@@ -176,9 +211,9 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
                 _run_plots.curve(
                     title,
                     lines,
-                    {name: _run_plots.SERIES[name] for name in lines},
+                    _run_plots.styles(lines),
                     log=title in logarithmic,
-                    marked=lines is plots["Accuracy on held-out images, %"],
+                    marked=title in held_out,
                 )
             ),
         )
@@ -190,12 +225,13 @@ def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
     """[(title, plot)]: three against epochs, the same against time."""
     unit, per = _run_plots.clock_unit(max((run.seconds or 0 for run in runs), default=0))
     styles = _run_plots.palette(len(runs))
+    score, figure = next(iter(runs[0].figures.items()))
     drawn = []
     for x, scale, label in (("epoch", 1, "epoch"), ("seconds", per, unit)):
         for title, kind, key, factor in (
             ("Training loss", "train", "loss", 1),
             ("Held-out loss", "evals", "loss", 1),
-            ("Top-1, %", "evals", "top1", 100),
+            (_capital(figure), "evals", score, 100 if figure.endswith(", %") else 1),
         ):
             lines = {
                 name: _line(getattr(run, kind), key, factor, x, scale)
@@ -205,6 +241,10 @@ def _overlaid(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
             svg = _run_plots.curve(title, lines, styles, label, log=key == "loss", marked=kind == "evals")
             drawn.append((title, Markup(svg)))
     return drawn
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:

@@ -22,13 +22,16 @@ KEYS = (
 )
 # Where a run is kept and how it is watched; none changes what the network learns.
 NOT_COMPARED = ("out", "resume", "save_every", "keep", "log_every", "tensorboard", "wandb")
+# Of runs from before there were other tasks.
+FIGURES = {"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"}
 CIRCUMSTANCES = ("sansmax", "data", "network", "machine", "versions")
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder: recipe.json (`info`) and the lines of metrics.jsonl (`train`, `evals`), finite only;
-    `evaluation` is None, `gallery` and `skipped` are empty where the run has not come so far.
+    `evaluation` is None, `gallery`, `pictures` and `skipped` are empty where the run has not come so far, or
+    its task has none.
     """
 
     folder: Path
@@ -38,6 +41,22 @@ class RunRecord:
     evaluation: Evaluation | None
     gallery: Sequence[Mapping[str, Any]]
     skipped: Sequence[Mapping[str, Any]]
+    pictures: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def task(self) -> str:
+        return self.info.get("task", "classification")
+
+    @property
+    def figures(self) -> Mapping[str, str]:
+        """What the lines of `evals` hold, and its name for people; the first tells the best weights. A name
+        that ends in ", %" is a share's."""
+        return self.info.get("figures", FIGURES)
+
+    @property
+    def unit(self) -> str:
+        """Of samples, in the plural."""
+        return self.info.get("unit", "images")
 
     @property
     def name(self) -> str:
@@ -58,8 +77,10 @@ class RunRecord:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The line of the evaluation with the highest top-1, the first of equals."""
-        return max((line for line in self.evals if "top1" in line), key=lambda e: e["top1"], default=None)
+        """The line of the evaluation with the best first figure, the first of equals."""
+        score = next(iter(self.figures))
+        choose = max if self.info.get("higher", True) else min
+        return choose((line for line in self.evals if score in line), key=lambda e: e[score], default=None)
 
     @property
     def last(self) -> Mapping[str, Any] | None:
@@ -73,9 +94,10 @@ class RunRecord:
         )
 
     @cached_property
-    def images_per_s(self) -> float | None:
-        """Median over the lines."""
-        found = [line["images_per_s"] for line in self.train if "images_per_s" in line]
+    def per_s(self) -> float | None:
+        """Samples a second, median over the lines."""
+        key = f"{self.unit}_per_s"
+        found = [line[key] for line in self.train if key in line]
         return statistics.median(found) if found else None
 
     @property
@@ -139,6 +161,7 @@ def read_run(folder: Path) -> RunRecord:
         _evaluation(folder / "evaluation.npz", info["classes"]),
         _json(folder / "gallery.json", list),
         _json(folder / "skipped.json", list),
+        _json(folder / "pictures.json", list),
     )
 
 

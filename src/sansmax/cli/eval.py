@@ -1,13 +1,63 @@
-"""Top-1, top-5 and cross-entropy of a trained network on labelled images, at any sizes."""
+"""How good a trained network is: top-1 and top-5 on labelled images at any sizes, or its task's figures."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..train.recipe import Data
 
 HELD_OUT = Data(root="", split="validation")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """sansmax eval WHAT [--field value ...]: of a run of another task than classification, the flags are
+    those fields of its recipe that an evaluation needs."""
+    from ..train.trained import module_of
+
+    if not (arguments and module_of(arguments[0])):
+        tyro.cli(main, args=arguments, prog="sansmax eval", config=(tyro.conf.FlagCreatePairsOff,))
+        return 0
+    what, *flags = arguments
+    _task(what, flags)
+    return 0
+
+
+def _task(what: str, flags: Sequence[str]) -> None:
+    import dataclasses
+    import typing
+
+    from ..bench.measure import machine, versions
+    from ..train.checkpoint import prepare_folder, write_json
+    from ..train.trained import evaluate_run, load_trained
+
+    trained = load_trained(what)
+    own: Any = trained.recipe
+    hints = typing.get_type_hints(type(own))
+    fields = [(name, hints[name], getattr(own, name)) for name in own.evaluated]
+    choice: Any = dataclasses.make_dataclass(
+        "Evaluation",
+        [
+            *((n, h, dataclasses.field(default_factory=lambda v=v: v)) for n, h, v in fields),
+            ("out", Path | None, None),
+        ],
+        frozen=True,
+    )
+    about = f"Evaluates {what} on its held-out samples, or on others of --data; --out: a .json file."
+    chosen = tyro.cli(choice, args=flags, prog=f"sansmax eval {what}", description=about)
+    out: Path | None = chosen.out
+    if out is not None:
+        if out.suffix != ".json":
+            raise ValueError(f"out: expected a file that ends in .json, got {out}; rename it")
+        prepare_folder(out.parent)
+    recipe = dataclasses.replace(own, **{name: getattr(chosen, name) for name in own.evaluated}).checked()
+    task, found = evaluate_run(trained, recipe)
+    print(f"{what}: {task.words(found)}, {task.val_size - len(task.skipped):,} {task.unit}")
+    if out is not None:
+        told = {"what": what, "task": recipe.task, "figures": found, "samples": task.val_size}
+        told |= {"skipped": task.skipped, "recipe": recipe.to_json()}
+        write_json(out, told | {"machine": machine(), "versions": versions()})
 
 
 def main(

@@ -1,8 +1,23 @@
-"""Classes and embeddings of any number of images, into a table; goes on where it was interrupted."""
+"""What a trained network makes of any number of samples: classes into a table, or its task's files."""
 
+import functools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
+
+
+def run(arguments: Sequence[str]) -> int:
+    """sansmax predict WHAT INPUT [--flag value ...]; of a run of another task than classification, the flags
+    are those of its task."""
+    from ..train.trained import load_trained, module_of
+
+    function, what = main, arguments[0] if arguments else ""
+    if module := module_of(what):
+        function, arguments = functools.partial(module.predict, load_trained(what)), arguments[1:]
+    prog = f"sansmax predict {what}" if module else "sansmax predict"
+    tyro.cli(function, args=arguments, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    return 0
 
 
 def main(

@@ -15,10 +15,10 @@ def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path |
     """
     from rich.console import Console
 
-    from sansmax.bench.run_report import read_run, render_run, render_runs, table
+    from sansmax.bench.run_report import read_run, render_runs, table
     from sansmax.bench.runs import find_runs
+    from sansmax.train.artifacts import page
     from sansmax.train.checkpoint import write_text
-    from sansmax.train.recipe import Recipe
 
     if not runs:
         raise ValueError("run: expected at least one folder of `sansmax train`, got none; name one")
@@ -26,13 +26,13 @@ def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path |
         raise ValueError(f"out: expected a file that ends in .html, got {out}; rename it")
     records = [read_run(folder) for folder in find_runs(runs)]
     if len(records) == 1:
-        page = render_run(records[0], Recipe().to_json())
+        content = page(records[0])
         out = out or records[0].folder / "report.html"
     else:
-        page = render_runs(records)
+        content = render_runs(records)
         out = out or Path("sansmax-report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    write_text(out, content)
     console = Console()
     console.print(table(records))
     console.print(f"{out} shows it with plots", highlight=False, markup=False)

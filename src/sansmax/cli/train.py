@@ -1,4 +1,4 @@
-"""Trains a network on images: a recipe of the papers or your own settings; resumes exactly."""
+"""Trains a network on images, or for another task: a recipe or your own settings; resumes exactly."""
 
 import sys
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     base = recipes.recipe(name) if name else Recipe()
     about = recipes.describe(name) if name else (run.__doc__ or "")
     chosen = tyro.cli(
-        Recipe,
+        type(base),
         default=base,
         args=arguments[1:] if name else arguments,
         prog=f"sansmax train{f' {name}' if name else ' [RECIPE]'}",
@@ -37,7 +37,6 @@ def run(arguments: Sequence[str]) -> int:
     except Interrupted as stop:
         print(f"sansmax: {stop}", file=sys.stderr)
         return 143 if str(stop).startswith("interrupted by SIGTERM") else 130
-    top5 = f", top-5 {100 * outcome.curve[-1]['top5']:.1f} %" if "top5" in outcome.curve[-1] else ""
     if PartialState().is_main_process:
-        print(f"{chosen.out}: top-1 {100 * outcome.score:.1f} %{top5}, {outcome.images_per_s:,.0f} images/s")
+        print(f"{chosen.out}: {outcome.words}")
     return 0

@@ -89,6 +89,10 @@ class PositionBiasMixer(AFTMixer):
             self.set_input(grid, num_prefix_tokens)
         self.reset_parameters()
 
+    @classmethod
+    def sequence_words(cls, max_tokens: int) -> dict[str, Any]:
+        return {"max_tokens": max_tokens}
+
     @property
     def position_tables(self) -> tuple[str, ...]:
         """Names of the parameters that hold w."""

@@ -204,6 +204,11 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the parameters that are no linear layer's, convolution's or norm's anew."""
 
+    @classmethod
+    def sequence_words(cls, max_tokens: int) -> dict[str, Any]:
+        """The options that make the layer one for sequences of up to `max_tokens` tokens."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay although they are matrices."""
         return set()

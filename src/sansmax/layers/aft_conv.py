@@ -1,5 +1,7 @@
 """AFT-conv: gated averages whose position bias is a small kernel around every token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +116,10 @@ class AFTConv(AFTMixer):
             return aft_conv(q, k, v, self.kernel(), causal=causal, mask=mask, prefix_tokens=prefix)
         rows, columns, prefix = self.layout(q.shape[1], grid)
         return aft_conv(q, k, v, self.kernel(), grid=(rows, columns), mask=mask, prefix_tokens=prefix)
+
+    @classmethod
+    def sequence_words(cls, max_tokens: int) -> dict[str, Any]:
+        return {"kernel_dims": 1}
 
     def no_weight_decay(self) -> set[str]:
         return {"w"}

@@ -3,6 +3,7 @@
 from .._find import load, names
 from ._create import create_model
 from ._cvt import CvT
+from ._decoder import Decoder
 from ._eanet import EANet
 from ._fpn import FPNBackbone
 from ._inference import optimize_for_inference
@@ -16,6 +17,7 @@ from ._xcit import XCiT
 __all__ = [
     "T2T",
     "CvT",
+    "Decoder",
     "EANet",
     "FPNBackbone",
     "Pyramid",

@@ -22,7 +22,7 @@ from ..layers._aft import PositionBiasMixer
 from ..layers._contract import Grid
 from ._layouts import square
 
-__all__ = ["DEIT", "TRUNK_MODULES", "GridBlock", "ViT", "create_vit", "vit_mini"]
+__all__ = ["DEIT", "TRUNK_MODULES", "GridBlock", "ViT", "bound", "create_vit", "vit_mini"]
 
 # timm's files with entrypoints of the VisionTransformer class, and this one.
 TRUNK_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", __name__.rpartition(".")[2])
@@ -79,9 +79,7 @@ class ViT(VisionTransformer):
     ) -> None:
         layer = layers.mechanism(mechanism)
         _check_patch_drop(type(self).__name__, mechanism, words)
-        super().__init__(
-            **{"attn_layer": _bound(layer, mechanism_args or {}), "block_fn": GridBlock, **words}
-        )
+        super().__init__(**{"attn_layer": bound(layer, mechanism_args or {}), "block_fn": GridBlock, **words})
         self.settle()
 
     def settle(self) -> None:
@@ -215,7 +213,7 @@ def create_vit(
     if kwargs.get("class_token") is False:
         kwargs.setdefault("global_pool", "avg")
     checkpoint_path = kwargs.pop("checkpoint_path", None)
-    attn_layer = _bound(layer, options) if options else layer
+    attn_layer = bound(layer, options) if options else layer
     model: Any = timm.create_model(trunk, pretrained=pretrained, attn_layer=attn_layer, **kwargs)
     vit: Any = getattr(model, "model", model)
     built = type(vit)
@@ -244,7 +242,7 @@ def create_vit(
     return model
 
 
-def _bound(layer: type[Mixer], options: dict[str, Any]) -> type[Mixer]:
+def bound(layer: type[Mixer], options: dict[str, Any]) -> type[Mixer]:
     """A class, because timm asks issubclass, whose instances are `layer` itself with `options`."""
 
     class Bound(layer):

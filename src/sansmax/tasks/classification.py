@@ -1,6 +1,7 @@
 """Which class an image belongs to: batches, loss, evaluation."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from ._data.batches import Batch, Source
 from ._data.draws import Part
 from ._data.settings import Augment
 from ._data.views import Mixing, erase
+from ._recipes.classification import Recipe
+from ._task import Task, rows
 
-__all__ = ["Classification", "Teacher"]
+__all__ = ["Classification", "Recipe", "Teacher"]
 
 
 class Teacher:
@@ -44,7 +47,7 @@ class Teacher:
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.tau**2
 
 
-class Classification:
+class Classification(Task):
     """Cross-entropy on the images of a source; inputs are normalised.
 
     Args:
@@ -53,11 +56,12 @@ class Classification:
         teacher: learned from besides the labels.
     """
 
-    score = "accuracy"
+    figures = MappingProxyType({"top1": "top-1, %", "top5": "top-5, %", "loss": "loss"})
 
     def __init__(self, source: Source, augment: Augment, teacher: Teacher | None = None) -> None:
         self.source, self.augment, self.teacher = source, augment, teacher
         self.classes = source.classes
+        self.title, self.split, self.skipped = source.title, source.split, source.skipped
         self.train_size, self.val_size = source.train_size, source.val_size
         self._mixing = Mixing(augment, len(self.classes)) if augment.mixup or augment.cutmix else None
 
@@ -93,11 +97,24 @@ class Classification:
             second.float(), opinion
         )
 
-    def verdict(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def verdict(self, outputs: Any, batch: Batch) -> Tensor:
         """What an evaluation keeps of each image, (B, 4 + 2 k) float64: position, label, cross-entropy, the
         label's probability, then the k <= 5 most probable classes and their probabilities."""
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise ValueError(
+                f"model: expected logits (B, classes) in evaluation, got "
+                f"{tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}; choose "
+                "a network that classifies images"
+            )
         logs = outputs.float().log_softmax(1)
         truth = logs.gather(1, batch.labels[:, None])
         top = logs.exp().topk(min(5, logs.shape[1]), 1)
-        columns = [batch.positions[:, None].to(logs.device), batch.labels[:, None], -truth, truth.exp()]
-        return torch.cat([c.double() for c in (*columns, top.indices, top.values)], 1).cpu()
+        return rows(batch.positions, batch.labels, -truth, truth.exp(), top.indices, top.values)
+
+    def scores(self, verdicts: Tensor) -> dict[str, float]:
+        """top1, top5 (where there are more than five classes) and the mean cross-entropy."""
+        labels, top = verdicts[:, 1:2], verdicts[:, 4 : 4 + (verdicts.shape[1] - 4) // 2]
+        found = {"top1": (top[:, :1] == labels).double().mean().item()}
+        if len(self.classes) > 5:
+            found["top5"] = (top == labels).any(1).double().mean().item()
+        return {**found, "loss": verdicts[:, 2].mean().item()}

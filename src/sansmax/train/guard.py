@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .recipe import Recipe
+from .recipe import Run
 
 __all__ = [
     "Interrupted",
@@ -34,7 +34,7 @@ def interrupted(name: str, saved: str) -> Interrupted:
     return Interrupted(f"interrupted by {name}: {saved}")
 
 
-def not_finite(recipe: Recipe, count: int, where: str, loss: float, norm: float, saved: str) -> ValueError:
+def not_finite(recipe: Run, count: int, where: str, loss: float, norm: float, saved: str) -> ValueError:
     """To be raised after so many updates in a row whose loss or gradient was not finite."""
     return ValueError(
         f"training: expected finite losses and gradients, got {count} updates in a row without, up to "
@@ -95,7 +95,7 @@ def fitting_batch(peak: Callable[[int], float], capacity: float, batch: int) -> 
     memory(b) = m0 + m1 b is fitted through the two; a tenth of the capacity is left free.
 
     Args:
-        peak: bytes at most in use during forward and backward of so many images.
+        peak: bytes at most in use during forward and backward of so many samples.
         capacity: bytes of the device.
         batch: that did not fit.
 
@@ -143,7 +143,7 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
             ) from None
         if "DataLoader worker" in words:
             raise ValueError(
-                f"data.workers: expected processes that decode images to live, got {words[:160]!r}; lower "
+                f"data.workers: expected processes that decode samples to live, got {words[:160]!r}; lower "
                 f"--data.workers or free memory (also /dev/shm); {saved()}"
             ) from None
         if "Expected to have finished reduction" in words:
@@ -159,6 +159,6 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
         raise
     except StopIteration:
         raise ValueError(
-            "data: expected images for every update of an epoch, got fewer; check data.root and "
+            "data: expected samples for every update of an epoch, got fewer; check data.root and "
             f"data.num_samples; {saved()}"
         ) from None

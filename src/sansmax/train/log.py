@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .checkpoint import refused, write_text
-from .recipe import Recipe
+from .recipe import Run
 from .state import Position
 
 __all__ = ["Log"]
@@ -25,9 +25,7 @@ class Log:
         at: where the run goes on: lines behind it are dropped, because they will be written anew.
     """
 
-    def __init__(
-        self, recipe: Recipe, folder: Path | None, console: Console, total: int, at: Position
-    ) -> None:
+    def __init__(self, recipe: Run, folder: Path | None, console: Console, total: int, at: Position) -> None:
         self._path = folder / "metrics.jsonl" if folder else None
         self._trackers: list[Any] = []
         if self._path:
@@ -73,7 +71,8 @@ class Log:
         values = {name: value if _finite(value) else None for name, value in values.items()}
         if kind == "train":
             loss = "not finite" if values["loss"] is None else f"{values['loss']:.3f}"
-            rate = f"{values['images_per_s']:,.0f} images/s, {values['data_wait']:.0%} waiting for data"
+            unit = next(name.removesuffix("_per_s") for name in values if name.endswith("_per_s"))
+            rate = f"{values[f'{unit}_per_s']:,.0f} {unit}/s, {values['data_wait']:.0%} waiting for data"
             self._progress.update(self._bar, words=f", loss {loss}, {rate}")
         if self._path is None:
             return
@@ -129,7 +128,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Run, folder: Path) -> None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:

@@ -2,39 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..tasks._data.batches import Batch
-from ..tasks._data.draws import Part, draw
+from ..tasks._data.draws import draw
+from ..tasks._task import Task
 from . import optim, parallel
 from .guard import NormBuffers, Signals, in_words, interrupted, not_finite
 from .log import Log
-from .recipe import Recipe
+from .recipe import Run
 from .state import Keeper
-from .verdicts import evaluate, scores
+from .verdicts import evaluate
 
-__all__ = ["Outcome", "Task", "train"]
-
-
-class Task(Protocol):
-    """What the loop asks of a task (sansmax.tasks)."""
-
-    classes: list[str]
-    train_size: int
-    val_size: int
-
-    def train_batches(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Tensor, Any]]: ...
-    def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]: ...
-    def loss(self, outputs: Any, targets: Any) -> Tensor: ...
-    def verdict(self, outputs: Tensor, batch: Batch) -> Tensor: ...
+__all__ = ["Outcome", "curve_name", "train"]
 
 
 @dataclass(frozen=True)
@@ -42,23 +29,25 @@ class Outcome:
     """A finished run: verdicts of the last evaluation, and its history."""
 
     seed: int
-    score: float  # top-1
+    score: float  # the task's, of the last evaluation
     train_seconds: float  # without evaluation
-    images_per_s: float
-    curve: list[dict[str, float]]  # epoch, mean training loss, top1, top5, val_loss
-    verdicts: Tensor  # see Classification.verdict, in the order of the held-out set
+    images_per_s: float  # or clouds, sequences: whatever the task counts
+    curve: list[dict[str, float]]  # epoch, mean training loss, the task's scores (their loss as val_loss)
+    verdicts: Tensor  # see the task's `verdict`, in the order of the held-out set
     skipped: int  # updates without a step, because a number was not finite
+    network: nn.Module  # what was evaluated: the weights, or their average
+    words: str  # the figures of the last evaluation and the speed
 
     @property
     def predictions(self) -> list[int]:
-        """The most probable class of each held-out image."""
+        """Of a classification: the most probable class of each held-out image."""
         return self.verdicts[:, 4].long().tolist()
 
 
 def train(
     model: nn.Module,
     task: Task,
-    recipe: Recipe,
+    recipe: Run,
     folder: Path | None = None,
     on_epoch: Callable[[dict[str, float], nn.Module, Tensor], Any] | None = None,
     console: Console | None = None,
@@ -118,9 +107,13 @@ def train(
                 keeper.save(at)  # first: an evaluation can be repeated
                 started = time.perf_counter()
                 verdicts = scored()
-                found = scores(verdicts, len(task.classes))
+                found = task.scores(verdicts)
                 at.curve.append(
-                    {"epoch": epoch, "loss": at.epoch_loss / max(1, at.epoch_good), **_held_out(found)}
+                    {
+                        "epoch": epoch,
+                        "loss": at.epoch_loss / max(1, at.epoch_good),
+                        **{curve_name(k): v for k, v in found.items()},
+                    }
                 )
                 at.evaluated, at.epoch_loss, at.epoch_good = epoch, 0.0, 0
                 took = time.perf_counter() - started
@@ -159,7 +152,12 @@ def train(
                 if at.update % recipe.log_every == 0:
                     rate = max(group["lr"] for group in optimizer.param_groups)
                     now = {"update": at.update, "epoch": at.update / epoch_updates, "lr": rate}
-                    log.line("train", **now, grad_norm=norm if good else None, **at.told(part.batch_size))
+                    log.line(
+                        "train",
+                        **now,
+                        grad_norm=norm if good else None,
+                        **at.told(part.batch_size, task.unit),
+                    )
                 if at.bad >= recipe.bad_steps or (at.update % epoch_updates == 0 and not at.epoch_good):
                     raise not_finite(
                         recipe, at.bad, f"{at.update} of {total}", mean_loss, norm, keeper.words(total)
@@ -171,19 +169,14 @@ def train(
                     keeper.save(at)
         if verdicts is None:  # the run had been finished
             verdicts = scored()
-    return Outcome(
-        recipe.seed,
-        scores(verdicts, len(task.classes))["top1"],
-        at.seconds,
-        at.update * part.batch_size / at.seconds,
-        at.curve,
-        verdicts,
-        at.skipped,
-    )
+    found, speed = task.scores(verdicts), at.update * part.batch_size / at.seconds
+    words = f"{task.words(found)}, {speed:,.0f} {task.unit}/s"
+    score = found[task.score]
+    return Outcome(recipe.seed, score, at.seconds, speed, at.curve, verdicts, at.skipped, evaluated, words)
 
 
 def _learned(
-    network: nn.Module, task: Task, made: Accelerator, inputs: Tensor, targets: Any, pieces: int
+    network: nn.Module, task: Task, made: Accelerator, inputs: Any, targets: Any, pieces: int
 ) -> Tensor:
     """Forward and backward of one of the pieces of an update; its share of the loss.
 
@@ -196,5 +189,6 @@ def _learned(
     return loss.detach()
 
 
-def _held_out(found: dict[str, float]) -> dict[str, float]:
-    return {"val_loss" if name == "loss" else name: value for name, value in found.items()}
+def curve_name(score: str) -> str:
+    """Of a score in the curve, where `loss` is the training's."""
+    return "val_loss" if score == "loss" else score

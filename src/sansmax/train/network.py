@@ -26,6 +26,7 @@ from .._find import pick
 from ..models._create import trunks
 from ..models._published import fill, own_state
 from ..tasks._data._decode import middle
+from ..tasks._data.device import pick_device
 
 __all__ = ["Network", "build", "enough_memory", "load_network", "pick_device"]
 
@@ -147,22 +148,6 @@ def build(
     if own:
         return models.create_model(name, mechanism, **words)
     return timm.create_model(name, **words)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda; under torchrun each process takes a GPU of its own.
-
-    Raises:
-        ValueError: another word, or cuda where PyTorch sees no GPU.
-    """
-    there = torch.cuda.is_available()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not there):
-        raise ValueError(
-            f"device: expected auto, cpu or, where PyTorch sees a GPU, cuda, got {name!r}; leave it out"
-        )
-    if name == "cpu" or not there:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Optimiser, schedule and moving average of a run, from timm."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,17 +11,17 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from .._find import pick
-from .recipe import Recipe
+from .recipe import Run
 
 __all__ = ["average", "optimizer", "schedule"]
 
-SCHEDULES = ("cosine", "poly", "step", "tanh")
+SCHEDULES = ("cosine", "poly", "rsqrt", "step", "tanh")
 # They need a package or a GPU, second derivatives, or keep what a saved state does not hold.
 UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*", "kron*"]
 STEP_EPOCHS = 90  # of sched="step", in which the rate falls to a tenth; timm's
 
 
-def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, recipe: Run) -> torch.optim.Optimizer:
     """timm's, with no decay of vectors and of what model.no_weight_decay() names, and rates that fall with
     depth where layer_decay is given (model.group_matcher()).
 
@@ -62,17 +63,19 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         ) from None
 
 
-def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Scheduler:
+def schedule(optimizer: torch.optim.Optimizer, recipe: Run, updates: int) -> Scheduler:
     """The learning rate over time; `updates` counts those of an epoch.
 
     With per="epoch" epoch e, counted from 0, runs at f(e) throughout: a line from warmup_lr at 0 to the
     full rate at `warmup`, then the curve over `epochs` to min_lr, of which the warm-up hides the beginning.
-    With per="update" the same, over updates.
+    With per="update" the same, over updates. sched="rsqrt" has no end and no least rate: see InverseRoot.
     """
     wanted = recipe.optim
     known = pick("schedules", wanted.sched, SCHEDULES)
     per_epoch = wanted.per == "epoch"
     unit = 1 if per_epoch else updates
+    if known == "rsqrt":
+        return InverseRoot(optimizer, max(1, round(wanted.warmup * unit)))
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=known,
@@ -87,7 +90,20 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> 
     return scheduler
 
 
-def average(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+class InverseRoot(Scheduler):
+    """The rate times min(t / warmup, sqrt(warmup / t)), t counted from 1 (Vaswani et al., 2017, section
+    5.3)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int) -> None:
+        super().__init__(optimizer, "lr")
+        self.warmup = warmup
+
+    def _get_lr(self, t: int) -> list[float]:
+        share = min((t + 1) / self.warmup, math.sqrt(self.warmup / (t + 1)))
+        return [value * share for value in self.base_values]
+
+
+def average(model: nn.Module, recipe: Run) -> ModelEmaV3 | None:
     """The exponential moving average of the weights, a <- d a + (1 - d) w after every update (timm's), of
     buffers too; None where the recipe wants none."""
     return ModelEmaV3(model, decay=recipe.optim.ema) if recipe.optim.ema else None

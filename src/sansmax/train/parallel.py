@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ..tasks._data.draws import Part
 from . import optim
 from .guard import fitting_batch
-from .recipe import Recipe
+from .recipe import Run
 
 __all__ = [
     "accelerator",
@@ -44,7 +44,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 UNIT = 2**16  # parameters from which a block of a list of blocks is gathered and freed by itself
 
 
-def accelerator(recipe: Recipe) -> Accelerator:
+def accelerator(recipe: Run) -> Accelerator:
     """The device and, under torchrun or accelerate launch, the processes of this run.
 
     Raises:
@@ -81,24 +81,24 @@ def accelerator(recipe: Recipe) -> Accelerator:
     return made
 
 
-def part(recipe: Recipe, made: Accelerator, images: int) -> Part:
+def part(recipe: Run, made: Accelerator, samples: int) -> Part:
     """This process's share of an update; a set smaller than a batch is one batch.
 
     Raises:
-        ValueError: the batch cannot be dealt out evenly, or there are not enough images.
+        ValueError: the batch cannot be dealt out evenly, or there are not enough samples.
     """
     pieces = made.num_processes * recipe.accumulate
-    paired = 2 * pieces if pieces > 1 or recipe.augment.mixup or recipe.augment.cutmix else 1
-    size = min(recipe.batch_size, images // paired * paired)
+    paired = 2 * pieces if pieces > 1 or recipe.paired else 1
+    size = min(recipe.batch_size, samples // paired * paired)
     if size < 1:
         raise ValueError(
-            f"data: expected at least {paired} training images for {made.num_processes} processes and "
-            f"{recipe.accumulate} accumulated batches, got {images}; use fewer of them"
+            f"data: expected at least {paired} training samples for {made.num_processes} processes and "
+            f"{recipe.accumulate} accumulated batches, got {samples}; use fewer of them"
         )
     return Part(size, recipe.accumulate, made.process_index, made.num_processes, recipe.seed)
 
 
-def placed(model: nn.Module, recipe: Recipe, made: Accelerator) -> tuple[nn.Module, ModelEmaV3 | None]:
+def placed(model: nn.Module, recipe: Run, made: Accelerator) -> tuple[nn.Module, ModelEmaV3 | None]:
     """The network on its device, shared out, compiled and so on as the recipe wants, and its average."""
     model.to(made.device)
     if recipe.channels_last:

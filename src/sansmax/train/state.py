@@ -11,7 +11,7 @@ from torch import nn
 
 from . import parallel
 from .checkpoint import States
-from .recipe import Recipe
+from .recipe import Run
 
 __all__ = ["Keeper", "Position"]
 
@@ -47,12 +47,12 @@ class Position:
         else:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
 
-    def told(self, images: int) -> dict[str, float | None]:
-        """Means since the last call, of updates of so many images."""
+    def told(self, samples: int, unit: str) -> dict[str, float | None]:
+        """Means since the last call, of updates of so many samples."""
         line, self.line = self.line, dict.fromkeys(self.line, 0.0)
         return {
             "loss": line["loss"] / line["good"] if line["good"] else None,
-            "images_per_s": line["all"] * images / line["time"],
+            f"{unit}_per_s": line["all"] * samples / line["time"],
             "data_wait": line["wait"] / line["time"],
             "seconds": self.seconds,
             "skipped_steps": self.skipped,
@@ -63,7 +63,7 @@ class Position:
 class Keeper:
     """Saves and loads the state of a run; without a folder it keeps nothing."""
 
-    recipe: Recipe
+    recipe: Run
     folder: Path | None
     made: Accelerator
     network: nn.Module
@@ -122,9 +122,9 @@ class Keeper:
         self.saved = at.update
         if at.processes != self.made.num_processes:
             console.print(
-                f"going on with {self.made.num_processes} processes after {at.processes}: the same images in "
-                "the same updates, but other masks of dropout and drop-path and other rounding; shards are "
-                "dealt out anew"
+                f"going on with {self.made.num_processes} processes after {at.processes}: the same samples "
+                "in the same updates, but other masks of dropout and drop-path and other rounding; shards "
+                "are dealt out anew"
             )
             at.processes = self.made.num_processes
         return at

@@ -158,13 +158,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float, chunk: int) -> Tensor:
         # vanish.
         dtype, top = q.dtype, v.detach().abs().amax(-2, keepdim=True).double().clamp(min=1)
         q, k, v = q.double() * OUT_OF_RANGE, k.double() * OUT_OF_RANGE, v / top
-        sums = _running_sums(q, k, eps * OUT_OF_RANGE)
-        return (_causal_products(q, k, v, *sums, chunk) * top).to(dtype)
+        q_sum, k_sum = _running_sums(q, k, eps * OUT_OF_RANGE)
+        return (_causal_products(q, k, v, q_sum, k_sum, chunk) * top).to(dtype)
     return _causal_products(q, k, v, q_sum, k_sum, chunk)
 
 
-def _running_sums(q: Tensor, k: Tensor, eps: float) -> list[Tensor]:
-    return [prefix_sums(t.abs(), spare=True).clamp(min=eps) for t in (q, k)]
+def _running_sums(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    q_sum, k_sum = (prefix_sums(t.abs(), spare=True).clamp(min=eps) for t in (q, k))
+    return q_sum, k_sum
 
 
 def _causal_products(q: Tensor, k: Tensor, v: Tensor, q_sum: Tensor, k_sum: Tensor, chunk: int) -> Tensor:

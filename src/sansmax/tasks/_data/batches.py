@@ -43,6 +43,13 @@ class Batch:
     boxes: Tensor
     positions: Tensor
 
+    @property
+    def inputs(self) -> Tensor:
+        return self.images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
 
 class Source(Protocol):
     """Training and held-out images for the loop."""

@@ -1,0 +1,1 @@
+"""What the runs of a task can say, a file a task. Importing one loads no network."""
