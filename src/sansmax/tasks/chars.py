@@ -76,7 +76,7 @@ class Chars(Task):
                 yield seen[:, :-1], seen[:, 1:]
 
     def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Window]:
-        for index in torch.arange(rank, self.val_size, world).split(batch_size):
+        for index in torch.arange(self.val_size)[rank::world].split(batch_size):
             yield self.windows(index)
 
     def windows(self, index: Tensor) -> Window:
