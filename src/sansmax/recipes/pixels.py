@@ -28,8 +28,8 @@ def pixels(mechanism: str) -> Recipe:
         model_args={"depth": 4, "embed_dim": 64, "num_heads": 4, **options},
         hflip=0.0,
         level=0,
-        dropout=0.0,
-        epochs=40,
+        dropout=0.1,
+        epochs=20,
         batch_size=32,
         data=Data(root="digits"),
         optim=Optim(
