@@ -197,7 +197,7 @@ def test_paper_recipes_have_the_papers_numbers_of_parameters():
 
     counts = {}
     for name in ("aft_local", "aft_local_dense", "aft_simple"):
-        recipe = recipes.recipe(f"cifar10_pixels_{name}").checked()
+        recipe = recipes.recipe(f"pixels_cifar10_{name}").checked()
         with torch.device("meta"):
             network = pixels.build(recipe, ["3x32x32 sub-pixels"])
         counts[name] = sum(p.numel() for p in network.mixers()[0].parameters())

@@ -5,25 +5,25 @@ from typing import Any
 from ..tasks._recipes.pixels import Recipe
 from ..train.recipe import Data, Optim
 
-__all__ = ["cifar10_pixels"]
+__all__ = ["pixels_cifar10"]
 
 FACTORS = {"window": 256, "factor_dim": 64}
 RUNS: dict[str, tuple[Any, ...]] = {
-    "cifar10_pixels_aft_local": ("aft_local", FACTORS),
-    "cifar10_pixels_aft_local_wide": ("aft_local", FACTORS, 12, 512, 4),
-    "cifar10_pixels_aft_local_dense": ("aft_local", {"window": 256, "factor_dim": None}),
-    "cifar10_pixels_aft_simple": ("aft_simple", {}),
-    "cifar10_pixels_softmax": ("softmax", {}, 24, 256, 2),
-    "cifar10_pixels_softmax_wide": ("softmax", {}, 12, 512, 4),
+    "pixels_cifar10_aft_local": ("aft_local", FACTORS),
+    "pixels_cifar10_aft_local_wide": ("aft_local", FACTORS, 12, 512, 4),
+    "pixels_cifar10_aft_local_dense": ("aft_local", {"window": 256, "factor_dim": None}),
+    "pixels_cifar10_aft_simple": ("aft_simple", {}),
+    "pixels_cifar10_softmax": ("softmax", {}, 24, 256, 2),
+    "pixels_cifar10_softmax_wide": ("softmax", {}, 12, 512, 4),
 }
 
 
-def cifar10_pixels(
+def pixels_cifar10(
     mechanism: str, options: dict[str, Any], depth: int = 24, width: int = 256, heads: int = 2
 ) -> Recipe:
     """The paper's causal networks on the 3,072 sub-pixels of a CIFAR-10 image.
 
-        sansmax train cifar10_pixels_aft_local --data.download
+        sansmax train pixels_cifar10_aft_local --data.download
 
     24 layers of 256 channels (`_wide`: 12 of 512), windows of 256 with 64 factors (`_dense`: a table of all
     pairs), AdamW with 3e-3 and decay 0.1, dropout 0.1, batches of 128, 200 epochs; mirrored with probability
