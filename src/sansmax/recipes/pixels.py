@@ -19,8 +19,12 @@ OPTIONS = {
 def pixels(mechanism: str) -> Recipe:
     """A small causal network (4 layers of 64) that learns 1,352 handwritten digits of 8 x 8 grey values.
 
-    sansmax train pixels_aft_local --out pixels
-    sansmax generate pixels --out digits.png
+        sansmax train pixels_aft_local --out pixels
+        sansmax generate pixels --out digits.png
+
+    Cost: with aft_local two minutes on two cores of an AMD EPYC.
+    To reach: with aft_local 1.86 bits per dimension on the 445 held-out digits, where every sub-pixel by
+    itself needs 2.42; one seed. No paper has these runs.
     """
     options = {"mechanism_args": OPTIONS[mechanism]} if mechanism in OPTIONS else {}
     return Recipe(

@@ -30,7 +30,7 @@ def pixels_cifar10(
     a half, then up to 10 added to or taken from all sub-pixels.
 
     Cost: not measured; the paper had 8 V100, on which AFT-local made 1.67 updates a second.
-    To reach, test bits per dimension: aft_local 2.74, wide 2.80, dense 2.84, aft_simple 2.89, softmax 2.86
+    To reach: test bits per dimension of aft_local 2.74, wide 2.80, dense 2.84, aft_simple 2.89, softmax 2.86
     and wide 2.88.
 
     Assumed, because the paper does not say: 4,000 updates of warm-up (Vaswani et al.), no gradient clipping.
