@@ -106,9 +106,9 @@ def scan(x: Triple) -> Triple:
     return Triple(num, den, top)
 
 
-def near(top: Tensor) -> bool:
-    """Whether exp(top) and its sums need no scale; -inf counts as empty."""
-    limit, low = NEAR[top.dtype], top.amin(-2)
+def near(top: Tensor, bias: float = 0.0) -> bool:
+    """Whether exp(top), also with a bias up to +-`bias`, and its sums need no scale; -inf counts as empty."""
+    limit, low = NEAR[top.dtype] - bias, top.amin(-2)
     if low.sum().item() == -math.inf:
         low = top.masked_fill(top == -torch.inf, 0).amin(-2)
     return max(top.amax(-2).amax().item(), -low.amin().item()) <= limit
