@@ -21,9 +21,8 @@ def depthwise(cells: Tensor, kernel: Tensor, padding: tuple[int, int] | None = N
     # Channels last in memory: no copy. A (T, T) matrix per head gathered from w takes 2 to 300 times as long.
     x = cells.movedim(-1, 1)
     if not x.is_cpu:
-        return _convolve(x.contiguous(), kernel, padding).movedim(
-            1, -1
-        )  # channels last, cuDNN would round to TF32
+        # Channels last, cuDNN would round to TF32.
+        return _convolve(x.contiguous(), kernel, padding).movedim(1, -1)
     own = kernel[0].numel() >= TAPS_OF_OWN_GRADIENT and _reverse_only(x, kernel)
     return (_Depthwise.apply if own else _convolve)(x, kernel, padding).movedim(1, -1)
 
