@@ -387,6 +387,7 @@ def test_eval_scores_other_bytes_with_more_context(trained, book, capsys, tmp_pa
     assert main(["eval", str(trained), *flags]) == 0
     second = json.loads((tmp_path / "b.json").read_text())
     assert second["recipe"]["stride"] == 2
+    assert "at least 14 of 16 bytes before each" in capsys.readouterr().out
     assert second["figures"]["bpc"] != first["figures"]["bpc"]
     assert main(["eval", str(trained), "--out", "a.txt"]) == 2
     assert main(["eval", str(trained), "--stride", "40"]) == 2

@@ -4,7 +4,7 @@ import csv
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +111,10 @@ class Chars(Task):
     def scores(self, verdicts: Tensor) -> dict[str, float]:
         loss = (verdicts[:, 1].sum() / verdicts[:, 2].sum()).item()
         return {"bpc": loss / math.log(2), "loss": loss}
+
+    def words(self, found: Mapping[str, float]) -> str:
+        context = min(self.tokens, len(self._val) - 1) - self.stride
+        return f"{super().words(found)}, at least {max(0, context)} of {self.tokens} bytes before each"
 
     def about(self) -> dict[str, Any]:
         return {"context": self.tokens - self.stride, "tokens": self.tokens}
