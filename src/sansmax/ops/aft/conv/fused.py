@@ -54,6 +54,8 @@ def _causal(k: Tensor, v: Tensor, w: Tensor) -> Tensor | None:
     """
     if not (readable(k, v, w) and _triple.near(k.detach(), w.detach().abs().amax().item())):
         return None
+    if not _triple.weighable(v.detach().flatten(-2)):
+        return None
     heads, width = v.shape[-2:]
     weights, taps = k.exp(), w.exp()  # (B, T, H), (H, 1, s)
     num = _causal_sums((weights.unsqueeze(-1) * v).flatten(-2), taps.repeat_interleave(width, 0))

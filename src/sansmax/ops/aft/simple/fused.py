@@ -27,7 +27,7 @@ def _average(k: Tensor, v: Tensor) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if readable(k, v) and _triple.near(k.detach()):
+    if readable(k, v) and _triple.near(k.detach()) and _triple.weighable(v.detach()):
         weights = k.exp()
         num, den = prefix_sums(weights * v, spare=True), prefix_sums(weights, spare=True)
         if finite(num[:, -1]):  # an overflow reaches the last row
