@@ -43,7 +43,8 @@ class Optim:
     clip: float | None = None
     """Largest norm of all gradients together; None: no clipping."""
     sched: str = "cosine"
-    """cosine, poly, tanh, step (a tenth every 90 epochs), as timm's, or rsqrt (falls with 1 / sqrt(t))."""
+    """cosine, poly (power 0.9), tanh, step (a tenth every 90 epochs), as timm's, or rsqrt (falls with
+    1 / sqrt(t))."""
     per: Literal["epoch", "update"] = "epoch"
     """Whether the rate stands still during an epoch, as in the papers' code, or changes at every update."""
     warmup: float = 5
