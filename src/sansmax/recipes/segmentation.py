@@ -1,34 +1,31 @@
-"""Any mechanism learns to find handwritten digits on photographs, pixel by pixel."""
+"""Any mechanism finds handwritten digits on photographs, pixel by pixel."""
 
 from .. import _find
 from ..tasks._recipes.segmentation import Recipe
 from ..train.recipe import Optim
+from ._small_pyramid import small_pyramid
 
 __all__ = ["segmentation"]
 
 RUNS = {f"segmentation_{name}": (name,) for name in _find.names("sansmax.layers")}
-OPTIONS = {
-    "aft_full": {"factor_dim": 16},
-    "aft_local": {"factor_dim": 16, "window": 8},
-    "aft_conv": {"kernel_size": 5},
-    "soft": {"landmarks": 16},
-    "soft_norm": {"landmarks": 16},
-}
 
 
 def segmentation(mechanism: str) -> Recipe:
-    """A pyramid of four small stages under an FPN."""
-    options = {"mechanism_args": OPTIONS[mechanism]} if mechanism in OPTIONS else {}
+    """A pyramid of four small stages under an FPN finds scikit-learn's digits on its photographs.
+
+        sansmax train segmentation_sima --out digits
+        sansmax predict digits photos --out masks
+
+    Nothing is fetched. `--data.root` names a folder of images and masks, a VOCdevkit or an
+    ADEChallengeData2016.
+
+    Cost: about three minutes on two CPU cores.
+    To reach: mIoU COST (sima).
+    """
     return Recipe(
         model="soft_tiny",
         mechanism=mechanism,
-        model_args={
-            "embed_dims": [32, 64, 128, 128],
-            "depths": [1, 1, 2, 1],
-            "num_heads": [1, 2, 4, 4],
-            "softmax_free": True,
-            **options,
-        },
+        model_args=small_pyramid(mechanism),
         decoder="fpn",
         decoder_args={"pyramid_channels": 64, "segmentation_channels": 64, "dropout": 0.0},
         crop_size=(64, 64),

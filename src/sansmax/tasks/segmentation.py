@@ -5,12 +5,13 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,18 +32,9 @@ from ._recipes.segmentation import Recipe
 from ._task import Picture, Task, Trained, rows
 from ._windows import Look
 
-__all__ = ["Recipe", "Seen", "Segmentation", "build", "load_weights", "open_task", "predict"]
+__all__ = ["Recipe", "Segmentation", "build", "load_weights", "open_task", "predict"]
 
 SHOWN = 6  # images of the report
-
-
-@dataclass(frozen=True)
-class Seen:
-    """classes (B, height, width) uint8, the most probable ones, and nats (B,) float64, the sums of -ln p of
-    the true class over the pixels that have one."""
-
-    classes: Tensor
-    nats: Tensor
 
 
 class Segmentation(Task):
@@ -74,26 +66,24 @@ class Segmentation(Task):
         counted = targets.numel() if self.recipe.loss == "pixels" else (targets != IGNORED).sum().clamp(min=1)
         return total / counted
 
-    def outputs(self, network: nn.Module, batch: Any) -> Seen:
-        found, nats = [], torch.zeros(len(batch), dtype=torch.float64, device=batch.targets.device)
+    def outputs(self, network: nn.Module, batch: Any) -> Tensor:
+        """For every image the sum of -ln p of the true class over the pixels that have one, and for every class
+        its pixels in truth and prediction both, in the truth, in the prediction: (B, 1 + 3 classes) float64."""
+        size, count = len(batch), len(self.classes)
+        total = torch.zeros(size, 1 + 3 * count, dtype=torch.float64, device=batch.targets.device)
+        # Of a batch, the images are counted at once: the numbers of an image's classes follow the last one's.
+        first = count * torch.arange(size, device=total.device)[:, None, None]
         for top, logits in look(network, self.recipe).bands(network, batch.inputs):
-            truth = batch.targets[:, top : top + logits.shape[2]]
-            lost = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none")
-            nats += lost.sum((1, 2), dtype=torch.float64)
-            found.append(logits.argmax(1).byte())
-        return Seen(torch.cat(found, 1), nats)
+            truth = batch.targets[:, top : top + logits.shape[2]].long()
+            nats = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none").sum((1, 2))
+            found, known = logits.argmax(1), truth != IGNORED
+            kinds = (found, known & (found == truth)), (truth, known), (found, known)
+            counts = [(first + x)[where].bincount(minlength=size * count) for x, where in kinds]
+            total += torch.cat([nats[:, None], *(x.view(size, count) for x in counts)], 1)
+        return total
 
-    def verdict(self, outputs: Seen, batch: Masked) -> Tensor:
-        """position, sum of -ln p, and for every class its pixels in both, in the truth, in the prediction."""
-        count = len(self.classes)
-        image = torch.arange(len(batch), device=batch.targets.device)[:, None, None]
-        known, found = batch.targets != IGNORED, outputs.classes.long()
-
-        def counts(classes: Tensor, where: Tensor) -> Tensor:
-            return (image * count + classes)[where].bincount(minlength=len(batch) * count).view(-1, count)
-
-        both = counts(found, known & (found == batch.targets))
-        return rows(batch.positions, outputs.nats, both, counts(batch.targets, known), counts(found, known))
+    def verdict(self, outputs: Tensor, batch: Any) -> Tensor:
+        return rows(batch.positions, outputs)
 
     def scores(self, verdicts: Tensor) -> dict[str, float]:
         both, truth, _ = self._counts(verdicts.sum(0))
@@ -210,7 +200,8 @@ def build(recipe: Recipe, classes: list[str], pretrained: bool = False) -> EANet
 def load_weights(model: EANet | Dense, recipe: Recipe) -> None:
     """The recipe's `weights` into a new network: a run's folder, or a file of a whole network or of its
     backbone alone (the authors' ImageNet files of EANet's ResNet, a classifier of sansmax). A last layer for
-    another number of classes stays as it was built. pretrained: timm's weights of the backbone.
+    another number of classes stays as it was built. pretrained: timm's weights of the backbone, which are
+    resnet50s and resnet101s for EANet.
 
     Raises:
         ValueError, OSError: they are not there, or are another network's.
@@ -219,12 +210,11 @@ def load_weights(model: EANet | Dense, recipe: Recipe) -> None:
     inner: Any = model.backbone if isinstance(model, EANet) else model.encoder
     if what == "pretrained":
         if isinstance(model, EANet):
-            raise ValueError(
-                f"weights: expected a file with {recipe.model}, for which none are hosted, got pretrained; "
-                "fetch the authors' resnet50-ebb6acbb.pth or resnet101-2a57e44d.pth"
-            )
-        donor = build(recipe, ["", ""], pretrained=True)
-        inner.load_state_dict(donor.encoder.state_dict())  # pyright: ignore
+            donor = timm.create_model(f"{recipe.model.removeprefix('eanet_')}s", True, num_classes=0)
+        else:
+            donor: Any = build(recipe, ["", ""], pretrained=True)
+            donor = donor.encoder
+        inner.load_state_dict(donor.state_dict())
         return
     path = Path(what).expanduser()
     names = ("best.safetensors", "weights.safetensors")

@@ -26,8 +26,8 @@ PIXELS = 2**20  # of the images that are evaluated at a time, at most, unless on
 
 @dataclass(frozen=True)
 class Masked:
-    """Held-out images of one size: inputs uint8 (B, 3, height, width), targets (B, height, width), IGNORED
-    where there is no class, positions (B,)."""
+    """Held-out images of one size: inputs uint8 (B, 3, height, width), targets uint8 (B, height, width),
+    IGNORED where there is no class, positions (B,)."""
 
     inputs: Tensor
     targets: Tensor
@@ -171,7 +171,7 @@ class Pixels:
                     masks, positions = zip(*(rest for _, rest in few), strict=True)
                     yield Masked(
                         torch.stack([image for image, _ in few]).to(self.device),
-                        torch.stack(masks).long().to(self.device),
+                        torch.stack(masks).to(self.device),
                         torch.tensor(positions),
                     )
 

@@ -52,7 +52,7 @@ def scenes() -> tuple[Scenes, Scenes]:
         images, masks = (np.stack(x) for x in zip(*drawn, strict=True))
         meaning = np.full(256, 254, np.uint8)
         meaning[: len(CLASSES)] = np.arange(len(CLASSES))
-        title = f"scikit-learn's digits on its photographs, {split}"
+        title = "scikit-learn's digits on its photographs" if split == "train" else f"{count} others"
         found.append(Scenes(title, CLASSES, _Drawn(split, images, masks), meaning, np.arange(count)))
     return found[0], found[1]
 
