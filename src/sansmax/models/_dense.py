@@ -15,8 +15,8 @@ STRIDES = (4, 8, 16, 32)
 
 class Dense(nn.Module):
     """image -> features of strides 4, 8, 16, 32 -> decoder of segmentation_models_pytorch -> logits of every
-    pixel, resized bilinearly. Any image size: the network sees the next multiples of 32 pixels, to which the
-    image is resized, so that no padding enters an attention.
+    pixel, resized bilinearly. Any image size: the image is resized to the next multiples of 32 pixels, at least
+    64 (the decoders' norms need more than one position), so that no padding enters an attention.
 
     fpn: Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, section 3.1; upernet: Xiao et al.,
     "Unified Perceptual Parsing for Scene Understanding", ECCV 2018.
@@ -65,7 +65,7 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, height, width) -> logits (B, num_classes, height, width)."""
         height, width = x.shape[2:]
-        whole = -(-height // 32) * 32, -(-width // 32) * 32
+        whole = max(64, -(-height // 32) * 32), max(64, -(-width // 32) * 32)
         if whole != (height, width):
             x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
         maps = self.encoder(x)

@@ -67,15 +67,17 @@ class Segmentation(Task):
         return total / counted
 
     def outputs(self, network: nn.Module, batch: Any) -> Tensor:
-        """For every image the sum of -ln p of the true class over the pixels that have one, and for every class
-        its pixels in truth and prediction both, in the truth, in the prediction: (B, 1 + 3 classes) float64."""
+        """(B, 1 + 3 classes) float64: of every image the sum of -ln p of the true class over the pixels that
+        have one, and of every class its pixels in truth and prediction both, in the truth, in the prediction.
+        """
         size, count = len(batch), len(self.classes)
         total = torch.zeros(size, 1 + 3 * count, dtype=torch.float64, device=batch.targets.device)
         # Of a batch, the images are counted at once: the numbers of an image's classes follow the last one's.
         first = count * torch.arange(size, device=total.device)[:, None, None]
         for top, logits in look(network, self.recipe).bands(network, batch.inputs):
             truth = batch.targets[:, top : top + logits.shape[2]].long()
-            nats = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none").sum((1, 2))
+            nats = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none")
+            nats = nats.sum((1, 2), dtype=torch.float64)
             found, known = logits.argmax(1), truth != IGNORED
             kinds = (found, known & (found == truth)), (truth, known), (found, known)
             counts = [(first + x)[where].bincount(minlength=size * count) for x, where in kinds]

@@ -30,7 +30,7 @@ class _Drawn:
         return f"{self.split}/{index}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[index], self.masks[index].astype(np.int64)
+        return self.images[index], self.masks[index]
 
 
 def scenes() -> tuple[Scenes, Scenes]:

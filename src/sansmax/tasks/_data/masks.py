@@ -142,7 +142,7 @@ def values_of(path: Path) -> np.ndarray:
         if opened.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"expected one channel of class numbers, got {opened.mode}")
         values = np.array(opened)
-    return values.astype(np.int64)
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def open_scenes(data: MaskData) -> tuple[Scenes, Scenes]:
