@@ -69,6 +69,7 @@ DEIT = {
     "optim.clip": None,
     "optim.sched": "cosine",
     "optim.per": "epoch",
+    "optim.hold": 1,
     "optim.warmup": 5,
     "optim.warmup_lr": 1e-6,
     "optim.min_lr": 1e-5,

@@ -52,11 +52,11 @@ def _task(what: str, flags: Sequence[str]) -> None:
             raise ValueError(f"out: expected a file that ends in .json, got {out}; rename it")
         prepare_folder(out.parent)
     recipe = dataclasses.replace(own, **{name: getattr(chosen, name) for name in own.evaluated}).checked()
-    task, found = evaluate_run(trained, recipe)
+    task, found, details = evaluate_run(trained, recipe)
     print(f"{what}: {task.words(found)}, {task.val_size - len(task.skipped):,} {task.unit}")
     if out is not None:
         told = {"what": what, "task": recipe.task, "figures": found, "samples": task.val_size}
-        told |= {"skipped": task.skipped, "recipe": recipe.to_json()}
+        told |= {"details": details, "skipped": task.skipped, "recipe": recipe.to_json()}
         write_json(out, told | {"machine": machine(), "versions": versions()})
 
 

@@ -166,6 +166,21 @@ class EANet(nn.Module):
         """The layer's tables of positions; the published recipe decays the memories."""
         return {f"{name}.{p}" for name, layer in self.mixers().items() for p in layer.no_weight_decay()}
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The published training's: weights of convolutions, memories and all that is linear; weights of the
+        norms, without decay; biases, without decay at twice the rate. Published code, train_torch.py."""
+        undecayed = self.no_weight_decay()
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": weight_decay},
+            {"params": [], "weight_decay": 0.0},
+            {"params": [], "weight_decay": 0.0, "lr_scale": 2.0},
+        ]
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                vector = parameter.ndim < 2 or name in undecayed
+                groups[2 if name.endswith("bias") else int(vector)]["params"].append(parameter)
+        return groups
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's layers by depth, for layer-wise learning rates; what follows it comes last."""
         own = r"^backbone\.layer(\d+)"

@@ -43,9 +43,12 @@ class Optim:
     clip: float | None = None
     """Largest norm of all gradients together; None: no clipping."""
     sched: str = "cosine"
-    """cosine, poly, tanh, step (a tenth every 90 epochs), as timm's, or rsqrt (falls with 1 / sqrt(t))."""
+    """cosine, poly (power 0.9), tanh, step (a tenth every 90 epochs), as timm's, or rsqrt (falls with
+    1 / sqrt(t))."""
     per: Literal["epoch", "update"] = "epoch"
     """Whether the rate stands still during an epoch, as in the papers' code, or changes at every update."""
+    hold: int = 1
+    """Updates over which the rate stands still with per="update"."""
     warmup: float = 5
     """Epochs over which the rate rises from warmup_lr; below 1 with per="update"."""
     warmup_lr: float = 1e-6
@@ -158,6 +161,7 @@ class Run:
             keep=self.keep,
             log_every=self.log_every,
             bad_steps=self.bad_steps,
+            **{"optim.hold": o.hold},
         )
         at_least(0, seed=self.seed)
         shares({"drop_path": self.drop_path, "optim.ema": o.ema})

@@ -5,6 +5,7 @@
     build(recipe, classes)      its network, with random weights, without the data
     predict(trained, source, out, ...)      what `sansmax predict` calls; further words are flags
     generate(trained, ...)      what `sansmax generate` calls, where there is something to generate
+    load_weights(model, recipe)     the recipe's `weights` into a new network, where it can begin with some
 
 Classification, whose network and teacher are looked for by train, has the Recipe alone.
 """
@@ -123,6 +124,10 @@ class Task:
                 said = f"{100 * value:.1f} %" if share else f"{value:.4g}"
                 parts.append(f"{title.removesuffix(', %')} {said}")
         return ", ".join(parts)
+
+    def details(self, verdicts: Tensor) -> dict[str, Any]:
+        """What `sansmax eval --out` tells besides the figures; JSON."""
+        return {}
 
     def about(self) -> dict[str, Any]:
         """What recipe.json tells of the network beyond its name and size."""

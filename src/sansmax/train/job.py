@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _find, tasks
 from ..tasks._task import Task
-from .checkpoint import write_json
+from .checkpoint import States, write_json
 from .loop import Outcome
 from .recipe import Run
 
@@ -48,6 +48,10 @@ def task_job(recipe: Run, made: Accelerator, folder: Path) -> Job:
     task: Task = module.open_task(recipe, made.device)
     torch.manual_seed(recipe.seed)
     model = module.build(recipe, task.classes)
+    if recipe.weights and not (recipe.resume and States(folder / "states").paths()):
+        if not hasattr(module, "load_weights"):
+            raise ValueError(f"weights: expected none with {recipe.task}, got {recipe.weights}; leave it out")
+        module.load_weights(model, recipe)
 
     def metadata(about: dict[str, Any], point: dict[str, float]) -> dict[str, str]:
         told = {"task": recipe.task, "recipe": about["recipe"], "classes": task.classes, **point}

@@ -128,7 +128,9 @@ def train(
             batches = task.train_batches(epoch, at.update % epoch_updates, part)
             for _ in range(at.update % epoch_updates, epoch_updates):
                 started, waited, loss = time.perf_counter(), 0.0, torch.zeros((), device=made.device)
-                schedule.step(at.update if recipe.optim.per == "update" else epoch)
+                schedule.step(
+                    at.update - at.update % recipe.optim.hold if recipe.optim.per == "update" else epoch
+                )
                 for micro in range(recipe.accumulate):
                     clock = time.perf_counter()
                     inputs, targets = next(batches)
@@ -150,7 +152,7 @@ def train(
                 at.add(mean_loss, good, waited, time.perf_counter() - started)
                 log.advance(at.update)
                 if at.update % recipe.log_every == 0:
-                    rate = max(group["lr"] for group in optimizer.param_groups)
+                    rate = max(g["lr"] / max(1, g.get("lr_scale", 1)) for g in optimizer.param_groups)
                     now = {"update": at.update, "epoch": at.update / epoch_updates, "lr": rate}
                     log.line(
                         "train",

@@ -18,6 +18,7 @@ __all__ = ["average", "optimizer", "schedule"]
 SCHEDULES = ("cosine", "poly", "rsqrt", "step", "tanh")
 # They need a package or a GPU, second derivatives, or keep what a saved state does not hold.
 UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*", "kron*"]
+POLY_POWER = 0.9  # timm's own is the 0.1 of sched="step"
 STEP_EPOCHS = 90  # of sched="step", in which the rate falls to a tenth; timm's
 
 
@@ -25,9 +26,12 @@ def optimizer(model: nn.Module, recipe: Run) -> torch.optim.Optimizer:
     """timm's, with no decay of vectors and of what model.no_weight_decay() names, and rates that fall with
     depth where layer_decay is given (model.group_matcher()).
 
+    A network with parameter_groups(weight_decay) has its own: of each group params, weight_decay and
+    lr_scale, by which the rate is multiplied.
+
     Raises:
         ValueError: timm has no such optimiser, it does not take the settings, or the network has no groups
-            of layers.
+            of layers, or groups of its own.
     """
     wanted = recipe.optim
     name = pick("optimisers", wanted.opt, map(str, list_optimizers(exclude_filters=UNFIT)))
@@ -35,6 +39,12 @@ def optimizer(model: nn.Module, recipe: Run) -> torch.optim.Optimizer:
         raise ValueError(
             f"optim.layer_decay: expected a network with group_matcher(), got {recipe.model}, which has "
             "none; leave it out"
+        )
+    groups: Any = getattr(model, "parameter_groups", None)
+    if wanted.layer_decay is not None and groups is not None:
+        raise ValueError(
+            f"optim.layer_decay: expected none with {recipe.model}, which has rates of its own, got "
+            f"{wanted.layer_decay:g}; leave it out"
         )
     known = get_optimizer_info(name)
     if wanted.betas and not known.has_betas:
@@ -54,6 +64,7 @@ def optimizer(model: nn.Module, recipe: Run) -> torch.optim.Optimizer:
             lr=recipe.lr(),
             weight_decay=wanted.weight_decay,
             layer_decay=wanted.layer_decay,
+            param_group_fn=groups and (lambda _: groups(wanted.weight_decay)),
             **words,
         )
     except (TypeError, ValueError) as error:
@@ -82,6 +93,7 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Run, updates: int) -> Sch
         num_epochs=recipe.epochs if per_epoch else max(2, recipe.epochs * updates),
         warmup_epochs=round(wanted.warmup * unit),
         decay_epochs=STEP_EPOCHS * unit,
+        decay_rate=POLY_POWER if known == "poly" else 0.1,
         warmup_lr=wanted.warmup_lr,
         min_lr=wanted.min_lr,
         step_on_epochs=True,

@@ -41,8 +41,8 @@ def load_trained(what: str) -> Trained:
     return Trained(model.eval(), recipe, classes, torch.device("cpu"))
 
 
-def evaluate_run(trained: Trained, recipe: Run) -> tuple[Task, dict[str, float]]:
-    """The task, with the held-out samples that `recipe` names, and its figures on them.
+def evaluate_run(trained: Trained, recipe: Run) -> tuple[Task, dict[str, float], dict[str, Any]]:
+    """The task, with the held-out samples that `recipe` names, and its figures and details on them.
 
     Raises:
         ValueError: the samples have other classes than the network has learned.
@@ -55,7 +55,8 @@ def evaluate_run(trained: Trained, recipe: Run) -> tuple[Task, dict[str, float]]
             f"{len(task.classes)} others; give the data that it was trained for"
         )
     network = trained.model.to(made.device)
-    return task, task.scores(evaluate(network, task, made, recipe.batch_size))
+    verdicts = evaluate(network, task, made, recipe.batch_size)
+    return task, task.scores(verdicts), task.details(verdicts)
 
 
 def _file(what: str) -> Path:
