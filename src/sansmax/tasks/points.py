@@ -15,8 +15,7 @@ from ..models import create_model
 from ._data.draws import Part, generator, order
 from ._data.point_views import View, changed, view
 from ._data.points import KEPT, Clouds, open_clouds, shape_of
-from ._pictures import line_plot
-from ._point_pictures import colours, scatters
+from ._point_pictures import colours, curve, scatters
 from ._recipes.points import Recipe
 from ._task import Picture, Task, Trained, rows
 
@@ -146,9 +145,9 @@ class Points(Task):
     def shown(self, network: nn.Module, verdicts: Tensor) -> Picture:
         """Held-out clouds with truth and prediction."""
         wrong = (verdicts[:, 1] != verdicts[:, 2]).nonzero()[:, 0]
-        picked = torch.cat([_spread(self.val_size, SHOWN - min(4, len(wrong))), wrong[:4]])
+        picked = [*wrong[_spread(len(wrong), 4)].tolist(), *self._of_all_classes(SHOWN)]
         panels = []
-        for position in picked.tolist():
+        for position in sorted(list(dict.fromkeys(picked))[:SHOWN], key=lambda i: verdicts[i, 1].item()):
             truth, guess = (self.classes[int(number)] for number in verdicts[position, 1:3])
             xyz = self.seen(torch.tensor([position])).inputs["points"][0].cpu().numpy()
             colour = colours(verdicts[position, 1:2].long().expand(len(xyz)).numpy())
@@ -156,6 +155,11 @@ class Points(Task):
             panels.append((xyz, colour, title, truth == guess))
         image = scatters(panels, 4, self.recipe.augment.up)
         return Picture("Held-out clouds", image, "Red: what the network took for something else.")
+
+    def _of_all_classes(self, most: int) -> list[int]:
+        """Positions of so many held-out clouds, equally far apart in the order of their classes."""
+        by_class = self.clouds.val.labels.argsort(stable=True)
+        return by_class[_spread(self.val_size, most)].tolist()
 
     def curve(self, network: nn.Module) -> Picture:
         """The first figure against the number of points."""
@@ -170,10 +174,9 @@ class Points(Task):
                 found.append(self.verdict(network(batch.inputs), batch))
             values.append(100 * self.scores(torch.cat(found))[self.score])
         title = self.figures[self.score].removesuffix(", %")
-        plot = line_plot(counts, values, "points of a cloud", f"{title} [%]", log_x=True)
         return Picture(
             "What fewer points cost",
-            plot,
+            curve(counts, values, f"{title} [%]"),
             f"{len(index)} held-out clouds, as they are; learned with {self.recipe.points} points.",
         )
 
@@ -231,8 +234,7 @@ class Parts(Points):
 
     def shown(self, network: nn.Module, verdicts: Tensor) -> Picture:
         panels = []
-        picked = _spread(self.val_size, SHOWN // 2)
-        for position in picked.tolist():
+        for position in self._of_all_classes(SHOWN // 2):
             batch = self.seen(torch.tensor([position]))
             owned = self.own[batch.labels]
             guess = likeliest(self.outputs(network, batch), owned)[0].cpu()
