@@ -28,12 +28,12 @@ def chars(mechanism: str) -> Recipe:
     options = {"mechanism_args": OPTIONS[mechanism]} if mechanism in OPTIONS else {}
     return Recipe(
         mechanism=mechanism,
-        model_args={"depth": 4, "embed_dim": 128, "num_heads": 4, **options},
-        tokens=256,
+        model_args={"depth": 3, "embed_dim": 128, "num_heads": 4, **options},
+        tokens=128,
         dropout=0.0,
-        epochs=8,
+        epochs=6,
         batch_size=16,
-        data=TextData(root="stdlib", val_bytes=50_000, sequences=2400),
+        data=TextData(root="stdlib", val_bytes=50_000, sequences=3200),
         optim=Optim(
             opt="adamw",
             lr=3e-3,
