@@ -16,8 +16,8 @@ OPTIONS = {
     "aft_conv": {"kernel_size": 3},
     "aft_full": {"factor_dim": 16},
     "aft_local": {"factor_dim": 16, "window": 8},
-    "soft": {"landmarks": 8},
-    "soft_norm": {"landmarks": 8},
+    "soft": {"landmarks": 4},
+    "soft_norm": {"landmarks": 4},
 }
 
 

@@ -72,8 +72,9 @@ class Points(Task):
                 yield self.inputs(seen), self.targets(seen).to(self.device)
 
     def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Seen]:
-        for index in torch.arange(rank, self.val_size, world).split(batch_size):
-            yield self.seen(index)
+        for index in torch.arange(self.val_size)[rank::world].split(batch_size):
+            if len(index):
+                yield self.seen(index)
 
     def seen(self, index: Tensor, vote: int = 0, points: int | None = None) -> Seen:
         """The held-out clouds of these numbers; `vote` counts the passes, of which the first changes

@@ -190,6 +190,11 @@ def _splits(found: Set, data: PointData) -> tuple[list[Item], list[Item], str]:
                 f"data.val_split: expected train and a split to hold out of {data.root}, which has "
                 f"{' and '.join(there) or 'none'}, got {data.val_split!r}; choose another"
             )
+        if data.split == "trainval" and data.val_split == "val":
+            raise ValueError(
+                "data.val_split: expected test with data.split trainval, which learns from val, got 'val'; "
+                "change one of them"
+            )
         train = items["train"] + (items.get("val", []) if data.split == "trainval" else [])
         val, how = items[data.val_split], f"the split {data.val_split}"
     if data.train_clouds is not None:

@@ -75,9 +75,10 @@ def _of_mesh(path: Path, count: int) -> np.ndarray:
     vertices, faces = np.asarray(mesh.vertices), getattr(mesh, "faces", ())
     if not len(faces) or not np.isfinite(vertices).all():
         return vertices
-    # Of meshes in millimetres the areas lie near trimesh's threshold of zero.
-    mesh.vertices = vertices / max(np.abs(vertices).max(), 1e-300)
-    return trimesh.sample.sample_surface(mesh, count, seed=draw(0, "surface", path.name))[0]
+    # Of a mesh of very small numbers the areas would be no numbers.
+    size = np.abs(vertices).max() or 1.0
+    mesh.vertices = vertices / size
+    return size * trimesh.sample.sample_surface(mesh, count, seed=draw(0, "surface", path.name))[0]
 
 
 def write_ply(path: Path, xyz: np.ndarray, part: np.ndarray, colours: np.ndarray) -> None:
