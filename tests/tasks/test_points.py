@@ -132,7 +132,7 @@ def test_rotations_keep_distances_and_the_up_axis():
     means = (free / free.norm(dim=2, keepdim=True)).mean((0, 1))
     assert means.abs().max() < 0.3
     turns = torch.linalg.lstsq(plain.double(), free.double()).solution
-    torch.testing.assert_close(torch.linalg.det(turns), torch.ones(64).double())
+    assert torch.linalg.det(turns).sub(1).abs().max() < 1e-5  # no mirror images
 
 
 def test_scale_shift_and_noise_stay_in_their_ranges():

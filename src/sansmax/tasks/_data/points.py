@@ -92,7 +92,7 @@ def open_clouds(data: PointData, points: int, parts: bool) -> Clouds:
                 "check the files"
             )
         shares.append(share)
-    return Clouds(found.title, how, classes, found.parts if parts else [], *shares, skipped)
+    return Clouds(found.title, how, classes, found.parts if parts else [], shares[0], shares[1], skipped)
 
 
 def shape_of(part: str) -> str:
