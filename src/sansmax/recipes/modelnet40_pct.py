@@ -30,7 +30,8 @@ def modelnet40_pct(model: str) -> Recipe:
     The best weights are those with the highest accuracy on the test clouds, as there. `--data.root` may also
     name ModelNet40's folder of .off files; `--votes 10` averages ten passes.
 
-    Cost: not measured. To reach: 93.2 % overall accuracy is published for PCT with its own attention
+    Cost: not measured.
+    To reach: 93.2 % overall accuracy is published for PCT with its own attention
     (PCT_Pytorch; DGL's reproduction: 92.1 %); for External Attention no number could be read.
 
     Departures: biases and norms do not decay. The network adds positions in front of every block, as the

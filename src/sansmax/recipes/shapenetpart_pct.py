@@ -15,7 +15,8 @@ def shapenetpart_pct(model: str) -> Recipe:
 
     `--data.root` may also name the folder of HDF5 files.
 
-    Cost: not measured. To reach: 86.4 % instance mIoU is PCT's own (85.3 to 85.6 % in others' hands); for
+    Cost: not measured.
+    To reach: 86.4 % instance mIoU is PCT's own (85.3 to 85.6 % in others' hands); for
     External Attention no number could be read.
 
     Assumed, because no training code of PCT's part segmentation was published: optimiser, epochs, smoothing,
