@@ -15,8 +15,8 @@ STRIDES = (4, 8, 16, 32)
 
 class Dense(nn.Module):
     """image -> features of strides 4, 8, 16, 32 -> decoder of segmentation_models_pytorch -> logits of every
-    pixel, resized bilinearly. Any image size: the image is resized to the next multiples of 32 pixels, at least
-    64 (the decoders' norms need more than one position), so that no padding enters an attention.
+    pixel, resized bilinearly. Any image size: the image is resized to the next multiples of 32 pixels, at
+    least 64 (the decoders' norms need more than one position), so that no padding enters an attention.
 
     fpn: Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, section 3.1; upernet: Xiao et al.,
     "Unified Perceptual Parsing for Scene Understanding", ECCV 2018.

@@ -154,6 +154,7 @@ class Run:
         o = self.optim
         at_least(
             1,
+            {"optim.hold": o.hold},
             epochs=self.epochs,
             batch_size=self.batch_size,
             accumulate=self.accumulate,
@@ -161,7 +162,6 @@ class Run:
             keep=self.keep,
             log_every=self.log_every,
             bad_steps=self.bad_steps,
-            **{"optim.hold": o.hold},
         )
         at_least(0, seed=self.seed)
         shares({"drop_path": self.drop_path, "optim.ema": o.ema})
