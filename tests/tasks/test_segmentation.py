@@ -300,4 +300,4 @@ def test_digits_are_learned_beyond_their_colour(tmp_path):
     out = run(replace(recipe, data=data, epochs=2, device="cpu", out=str(tmp_path / "run")))
     baseline = colour_baseline(*open_scenes(data))
     assert baseline < 0.12
-    assert out.score > 1.5 * baseline
+    assert out.score > 1.8 * baseline

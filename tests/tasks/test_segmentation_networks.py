@@ -149,6 +149,17 @@ def test_the_published_groups_and_rates():
         optim.optimizer(network, replace(recipe, optim=replace(recipe.optim, layer_decay=0.9)))
 
 
+def test_the_rates_are_the_published_ones(golden):
+    """45,000 updates, changed every tenth."""
+    case = golden("external_attention/eanet_poly_lr")
+    recipe = eanet(epochs=45)
+    optimizer = optim.optimizer(segmentation.build(recipe, [""] * 21), recipe)
+    schedule = optim.schedule(optimizer, recipe, 1000)
+    for update, want in zip(case.inputs()["iters"].tolist(), case.outputs["lr"].tolist(), strict=True):
+        schedule.step(update - update % recipe.optim.hold)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(want, rel=1e-9)
+
+
 def test_the_rate_stands_still_between_its_changes(folder, tmp_path):
     from sansmax.train.run import run
 

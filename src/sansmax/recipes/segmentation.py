@@ -19,8 +19,8 @@ def segmentation(mechanism: str) -> Recipe:
     Nothing is fetched. `--data.root` names a folder of images and masks, a VOCdevkit or an
     ADEChallengeData2016.
 
-    Cost: about three minutes on two CPU cores.
-    To reach: mIoU COST (sima).
+    Cost: 167 s of one CPU core (sima, with evaluation and report).
+    To reach: mIoU 67.7, measured with sima; logistic regression on the colour of a pixel reaches 8.1.
     """
     return Recipe(
         model="soft_tiny",

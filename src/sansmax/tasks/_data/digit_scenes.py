@@ -41,7 +41,7 @@ def scenes() -> tuple[Scenes, Scenes]:
     """
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     digits = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    photos = [torch.from_numpy(photo).permute(2, 0, 1) for photo in load_sample_images().images]
+    photos = [torch.tensor(photo).permute(2, 0, 1) for photo in load_sample_images().images]
     held = torch.arange(len(digits)) % 5 == 4
     found = []
     for split, count in COUNTS.items():
