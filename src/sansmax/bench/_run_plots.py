@@ -57,7 +57,9 @@ def curve(
     """
     lines = {name: line for name, line in lines.items() if line[0]}
     named = len(styles) > 1
-    figure, axes = frame(3.9, 2.75, left=0.15, right=0.8 if named else 0.97, bottom=0.165, top=0.97)
+    # Names stand to the right of their lines.
+    right = min(0.8, 0.97 - 0.0145 * max(map(len, styles), default=0)) if named else 0.97
+    figure, axes = frame(3.9, 2.75, left=0.15, right=right, bottom=0.165, top=0.97)
     ends = {}
     for name, (x, y) in lines.items():
         style = styles[name]

@@ -28,12 +28,13 @@ def render_run(run: RunRecord, defaults: Mapping[str, Any] | None = None) -> str
     Args:
         defaults: a recipe in plain values; the fields that differ from it are marked.
     """
+    lines = _lines(run)
     return _page.render(
         "_run.html.jinja",
         run=run,
         tiles=_tiles(run),
-        styles=_run_plots.SERIES,
-        plots=_plots(run),
+        styles={k: v for plot in lines.values() for k, v in _run_plots.styles(plot).items()},
+        plots=_plots(lines),
         evaluation=_evaluated(run.evaluation) if run.evaluation else None,
         gallery={kind: [_picture(p) for p in run.gallery if p["kind"] == kind] for kind in ("worst", "best")},
         pictures=_by_title(run.pictures),
@@ -186,8 +187,8 @@ def _line(
     return [line[x] / per for line in kept], [factor * line[key] for line in kept]
 
 
-def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
-    """[(title, plot)]"""
+def _lines(run: RunRecord) -> dict[str, dict[str, _run_plots.Line]]:
+    """Of every plot, by title and name."""
     plots = {"Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")}}
     for shares in (True, False):
         names = {k: t for k, t in run.figures.items() if t.endswith(", %") == shares and k != "loss"}
@@ -196,13 +197,16 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
         if lines:
             what = "Accuracy" if run.task == "classification" else _capital(", ".join(lines))
             plots[f"{what} on held-out {run.unit}" + ", %" * shares] = lines
-    held_out = {*plots} - {"Loss"}
-    plots |= {
+    return plots | {
         "Learning rate": {"training": _line(run.train, "lr")},
         "Gradient norm": {"training": _line(run.train, "grad_norm")},
         f"Training, {run.unit} per second": {"training": _line(run.train, f"{run.unit}_per_s")},
         "Time spent waiting for data, %": {"training": _line(run.train, "data_wait", 100)},
     }
+
+
+def _plots(lines: Mapping[str, Mapping[str, _run_plots.Line]]) -> list[tuple[str, Markup]]:
+    """[(title, plot)]"""
     logarithmic = ("Loss", "Gradient norm")
     return [
         (
@@ -210,14 +214,14 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
             Markup(
                 _run_plots.curve(
                     title,
-                    lines,
-                    _run_plots.styles(lines),
+                    of_plot,
+                    _run_plots.styles(of_plot),
                     log=title in logarithmic,
-                    marked=title in held_out,
+                    marked="held-out" in title,
                 )
             ),
         )
-        for title, lines in plots.items()
+        for title, of_plot in lines.items()
     ]
 
 
