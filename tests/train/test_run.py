@@ -509,7 +509,7 @@ def test_a_worker_that_died_is_named(no_report, monkeypatch, capsys, pictures, t
     monkeypatch.setattr(Decoded, "__getitem__", deadly)
     given = shlex.split(from_files(pictures, tmp_path / "x").command())
     told = refused(capsys, *given[1:])
-    assert "data.workers: expected processes that decode samples to live, got 'DataLoader worker" in told
+    assert "data.workers: expected processes that decode images to live, got 'DataLoader worker" in told
     assert "lower --data.workers or free memory (also /dev/shm); nothing was saved yet in" in told
 
 

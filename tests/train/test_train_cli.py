@@ -15,7 +15,7 @@ import tyro
 
 from sansmax import recipes
 from sansmax.cli import main
-from sansmax.train import run as runs
+from sansmax.train import artifacts, images
 from sansmax.train.recipe import Augment, Data, Distil, Optim, Recipe
 
 SMALL = ["--model-args", '{"patch_size": 4, "embed_dim": 24, "depth": 1, "class_token": false}']
@@ -24,7 +24,7 @@ SHORT = [*SMALL, "--data.num-samples", "192", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr(runs.artifacts, "report", lambda *_: None)
+    monkeypatch.setattr(artifacts, "report", lambda *_: None)
 
 
 def test_a_recipe_trains_and_tells_what_it_reached(capsys, tmp_path):
@@ -176,7 +176,7 @@ def test_going_on_without_a_word_more_uses_the_weights_of_the_recipe():
 
 def test_ctrl_c_leaves_with_130(monkeypatch, capsys, tmp_path):
     out = tmp_path / "SIGTERM"
-    monkeypatch.setattr(runs.artifacts, "save_verdicts", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(images, "save_verdicts", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(["train", "digits_sima", "--epochs", "2", "--out", str(out), *SHORT]) == 130
     assert capsys.readouterr().err == (
         f"sansmax: interrupted by SIGINT: update 5 of 8 is saved in {out}, go on with --resume\n"

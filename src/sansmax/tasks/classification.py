@@ -61,9 +61,20 @@ class Classification(Task):
     def __init__(self, source: Source, augment: Augment, teacher: Teacher | None = None) -> None:
         self.source, self.augment, self.teacher = source, augment, teacher
         self.classes = source.classes
-        self.title, self.split, self.skipped = source.title, source.split, source.skipped
         self.train_size, self.val_size = source.train_size, source.val_size
         self._mixing = Mixing(augment, len(self.classes)) if augment.mixup or augment.cutmix else None
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.title
+
+    @property
+    def split(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.split
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.skipped
 
     def train_batches(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Tensor, Any]]:
         """Inputs and targets for `loss`: this process's pieces of the epoch, from its update `update` on."""

@@ -113,9 +113,9 @@ def fitting_batch(peak: Callable[[int], float], capacity: float, batch: int) -> 
 
 
 @contextmanager
-def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[None]:
+def in_words(saved: Callable[[], str], estimate: Callable[[], int], unit: str = "images") -> Iterator[None]:
     """Full memory and dead workers as one sentence; `saved` says what is kept, `estimate` which batch would
-    fit."""
+    fit, `unit` what samples are called."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -143,7 +143,7 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
             ) from None
         if "DataLoader worker" in words:
             raise ValueError(
-                f"data.workers: expected processes that decode samples to live, got {words[:160]!r}; lower "
+                f"data.workers: expected processes that decode {unit} to live, got {words[:160]!r}; lower "
                 f"--data.workers or free memory (also /dev/shm); {saved()}"
             ) from None
         if "Expected to have finished reduction" in words:
@@ -159,6 +159,6 @@ def in_words(saved: Callable[[], str], estimate: Callable[[], int]) -> Iterator[
         raise
     except StopIteration:
         raise ValueError(
-            "data: expected samples for every update of an epoch, got fewer; check data.root and "
+            f"data: expected {unit} for every update of an epoch, got fewer; check data.root and "
             f"data.num_samples; {saved()}"
         ) from None

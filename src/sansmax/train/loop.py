@@ -99,7 +99,7 @@ def train(
     with (
         Signals() as signals,
         Log(recipe, folder if made.is_main_process else None, console, total, at) as log,
-        in_words(lambda: keeper.words(total), lambda: parallel.fitting(network, task, made, part)),
+        in_words(lambda: keeper.words(total), lambda: parallel.fitting(network, task, made, part), task.unit),
     ):
         while True:
             epoch = at.update // epoch_updates

@@ -42,7 +42,8 @@ def evaluate(
     parts = gather_object(rows) if made.num_processes > 1 else rows
     if not parts:
         raise ValueError(
-            "data: expected held-out samples that can be read, got none; check data.root and data.val_split"
+            f"data: expected held-out {task.unit} that can be read, got none; check data.root and "
+            "data.val_split"
         )
     verdicts = torch.cat(parts)
     return verdicts[verdicts[:, 0].argsort(stable=True)]
