@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import Decoder
+from ._causal import decoder
 from ._data.draws import Part, draw, order
 from ._data.sampling import Sampler, Stream
 from ._data.text import Text, read_text
@@ -159,16 +160,7 @@ def open_task(recipe: Recipe, device: torch.device) -> Chars:
 
 def build(recipe: Recipe, classes: list[str]) -> Decoder:
     """The network, with random weights."""
-    words: dict[str, Any] = {"max_tokens": recipe.tokens, "drop": recipe.dropout}
-    if recipe.drop_path:
-        words["drop_path_rate"] = recipe.drop_path
-    try:
-        return Decoder(BYTES, mechanism=recipe.mechanism or "softmax", **words | recipe.model_args)
-    except TypeError as error:
-        raise ValueError(
-            f"model_args: expected words that the decoder takes, got {' '.join(str(error).split())}; check "
-            "them"
-        ) from None
+    return decoder(recipe, BYTES, recipe.tokens)
 
 
 def predict(

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..models import Decoder
+from ._causal import decoder
 from ._data import Images
 from ._data._decode import reason, to_rgb
 from ._data.batches import InMemory
@@ -201,16 +202,7 @@ def open_task(recipe: Recipe, device: torch.device) -> Pixels:
 
 def build(recipe: Recipe, classes: list[str]) -> Decoder:
     """The network, with random weights."""
-    words: dict[str, Any] = {"max_tokens": math.prod(_shape(classes)), "drop": recipe.dropout}
-    if recipe.drop_path:
-        words["drop_path_rate"] = recipe.drop_path
-    try:
-        return Decoder(VALUES + 1, mechanism=recipe.mechanism or "softmax", **words | recipe.model_args)
-    except TypeError as error:
-        raise ValueError(
-            f"model_args: expected words that the decoder takes, got {' '.join(str(error).split())}; check "
-            "them"
-        ) from None
+    return decoder(recipe, VALUES + 1, math.prod(_shape(classes)))
 
 
 def _shape(classes: list[str]) -> tuple[int, ...]:
