@@ -83,7 +83,7 @@ def test_the_rate_that_is_told_is_the_full_one_and_equals_the_schedule(tmp_path)
                 *(0.1 + 0.9 * (1 + math.cos(math.pi * t / 4)) / 2 for t in (2, 3)),
             ],
         ),
-        ({"sched": "poly"}, 4, [0.1 + 0.9 * (1 - t / 4) ** 0.1 for t in range(4)]),
+        ({"sched": "poly"}, 4, [0.1 + 0.9 * (1 - t / 4) ** 0.9 for t in range(4)]),
         ({"sched": "tanh"}, 2, [0.1 + 0.45 * (1 - math.tanh(-7 + 10 * t / 2)) for t in range(2)]),
         ({"sched": "step"}, 200, [0.1 ** (t // 90) for t in range(200)]),
         ({"sched": "cosine"}, 1, [1.0]),
