@@ -268,8 +268,15 @@ def test_older_files_are_read(tmp_path):
         "pass": "forward",
     }
     assert own == times
-    networks = changes.read(RESULTS / "networks-cpu.json")
-    assert len(networks.rows) == len(networks.record["rows"])
+    record["settings"] = {"batch": 1, "dtype": "float32", "device": "cpu"}
+    record["rows"] = [
+        {"network": name, "size": size, "gmacs": 2.1, **times}
+        for name in ("soft_tiny", "deit_small_patch16_224")
+        for size in (224, 384)
+    ]
+    (tmp_path / "networks.json").write_text(json.dumps(record))
+    networks = changes.read(tmp_path / "networks.json")
+    assert len(networks.rows) == 4
     about = {"network": "soft_tiny", "mechanism": None, "img_size": 224, "batch": 1}
     about |= {"dtype": "float32", "device": "cpu", "pass": "forward"}
     assert about in [dict(key) for key in networks.rows]

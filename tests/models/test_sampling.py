@@ -3,6 +3,7 @@
 import pytest
 import torch
 from clouds import cloud, farthest_by_loops, nearest_by_loops, small
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sansmax.models import _sampling
 from sansmax.models._sampling import farthest_points, nearest_points
@@ -67,3 +68,46 @@ def test_sampling_in_compiled_and_exported_programs():
         for count in (20, 12, 17):
             torch.testing.assert_close(compiled(cloud(2, count, 3)), model(cloud(2, count, 3)))
         torch.testing.assert_close(program.module()(cloud(2, 20, 3)), model(cloud(2, 20, 3)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_points_that_are_not_finite_are_as_if_they_were_masked(bad):
+    xyz, mask = clouds()
+    broken = xyz.masked_fill(~mask[..., None], bad)
+    for count in (1, 9, 40):
+        assert torch.equal(farthest_points(broken, count), farthest_points(xyz, count, mask))
+        near = nearest_points(xyz[:, :4], broken, count).sort().values
+        assert torch.equal(near, nearest_points(xyz[:, :4], xyz, count, mask).sort().values)
+    nothing = torch.full((2, 5, 3), bad)
+    assert not farthest_points(nothing, 3).any()
+    assert nearest_points(nothing[:, :2], nothing, 7).max() < 5
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_one_point_and_fewer_points_than_are_asked_for(points):
+    xyz = cloud(3, points, 3)
+    assert farthest_points(xyz, 6)[:, :points].sort().values.tolist() == [[*range(points)]] * 3
+    assert not farthest_points(xyz, 6)[:, points:].any()
+    near = nearest_points(xyz[:, :1], xyz, 6)
+    assert near.shape == (3, 1, 6)
+    assert sorted(near[0, 0].tolist()) == [0] * (7 - points) + [*range(1, points)]
+
+
+def test_memory_grows_with_the_points_and_not_with_their_square():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return out
+
+    xyz = cloud(1, 20_000, 3)
+    with Largest() as seen:
+        nearest_points(xyz[:, :1000], xyz, 8)
+    assert seen.size <= _sampling.CHUNK
+    with Largest() as seen:
+        _sampling._farthest_points(xyz, 8, None, False)
+    assert seen.size <= 3 * 20_000

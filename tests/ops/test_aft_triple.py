@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sansmax.ops.aft import _triple
+from sansmax.ops.aft import _triple, aft_conv, aft_local, aft_simple
 
 
 def draw(*shape, spread=1.0):
@@ -74,3 +74,19 @@ def test_gradients_of_a_scan():
     assert k_grad.isfinite().all()
     assert v_grad.isfinite().all()
     assert (v_grad[:, ~keep[:, 0]] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-36])
+@pytest.mark.parametrize("op", ["simple", "local", "conv"])
+def test_tiny_values_under_small_weights_do_not_vanish(op, size, error):
+    torch.manual_seed(9)
+    q, k, v = torch.randn(3, 1, 200, 8).unbind(0)
+    k, v = k.clamp(-3, 3) - 30, v * size
+    calls = {
+        "simple": lambda q, k, v: aft_simple(q, k, v, causal=True),
+        "local": lambda q, k, v: aft_local(q, k, v, torch.zeros(200, 200, dtype=q.dtype), 5, causal=True),
+        "conv": lambda q, k, v: aft_conv(q, k[..., :2], v, torch.zeros(2, 5, dtype=q.dtype), causal=True),
+    }
+    # Larger by 1e20 in float64: the output is in proportion to v.
+    want = calls[op](q.double(), k.double(), v.double() * 1e20) / 1e20
+    assert error(calls[op](q, k, v), want) < 1e-6

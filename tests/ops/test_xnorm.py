@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
-from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
+from sansmax.ops.xnorm import _causal, xnorm, xnorm_init_state, xnorm_step
 
 BACKENDS = ("reference", "fused")
 
@@ -85,14 +86,153 @@ def test_causal_rows_are_the_last_rows_of_prefixes(backend, error):
         assert error(out[:, :, i], prefix[:, :, -1]) < 1e-12
 
 
-def test_causal_gradients_equal_the_reference(error):
-    grads = []
+@pytest.mark.parametrize("eps", [1e-12, 3.0])  # 3: some norms are at their floor, others above
+@pytest.mark.parametrize("tokens", [1, 35, 64])
+def test_causal_gradients_equal_the_reference(tokens, eps):
+    """Once, and twice; the gradient of a single token is 0 but for rounding."""
+    first, second = [], []
     for backend in BACKENDS:
-        inputs = [t.requires_grad_() for t in random(3, 1, 2, 35, 3).unbind(0)]
-        out = xnorm(*inputs, causal=True, backend=backend)
-        grads.append(torch.autograd.grad((out * random(*out.shape, seed=9)).sum(), inputs))
-    for got, want in zip(*grads, strict=True):
-        assert error(got, want) < 1e-10
+        leaves = [random(2, 3, tokens, dim, seed=i) for i, dim in enumerate((5, 5, 3))]
+        leaves = [t.requires_grad_() for t in (*leaves, torch.tensor([0.5, -2.0, 3.0]).double())]
+        out = xnorm(*leaves, causal=True, backend=backend, eps=eps)
+        weight = random(*out.shape, seed=9)
+        first.append(torch.autograd.grad(out, leaves, weight, retain_graph=True))
+        again = torch.autograd.grad(out, leaves, weight, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in again), leaves))
+    for got, want in (*zip(*first, strict=True), *zip(*second, strict=True)):
+        assert (got - want).abs().max() < 1e-9 * max(1, want.abs().max())
+
+
+def undone(k, v, at, by):
+    """The token `at` a multiple of what it was, and undone by a later one."""
+    k[:, :, at] *= by
+    later = at + (40 if by < 1e10 else 1)
+    k[:, :, later], v[:, :, later] = -k[:, :, at], v[:, :, at]
+
+
+def every_token_undone(k, v):
+    k[:, :, 1::2], v[:, :, 1::2] = -k[:, :, :-1:2], v[:, :, :-1:2]
+
+
+def nearly_undone(k, v):
+    undone(k, v, 0, 1e20)
+    v[:, :, 1] *= 1 + 1e-3
+
+
+def zeros(k, v):
+    v[..., 1], v[:, :, :40, 2], k[:, :, 60:] = 0, 0, 0
+
+
+def scales(k, v):
+    k *= 10.0 ** torch.linspace(0, 15, 71)[:, None]
+    v *= 10.0 ** torch.linspace(-20, 18, 5)
+
+
+def widely_spread(k, v):
+    v *= 10.0 ** (6 * random(71, 5, seed=8))
+
+
+# What is done to keys and values, and how many of the three chunks are summed token by token.
+HOSTILE = {
+    "nothing": (lambda k, v: None, 0),
+    "1e4 undone later": (lambda k, v: undone(k, v, 10, 1e4), 1),
+    "1e8 undone later": (lambda k, v: undone(k, v, 10, 1e8), 1),
+    "1e20 undone at once": (lambda k, v: undone(k, v, 0, 1e20), 1),
+    "1e20 nearly undone": (nearly_undone, 1),
+    "every token undone": (every_token_undone, 3),
+    "zeros": (zeros, 0),
+    "1e-20": (lambda k, v: (k.mul_(1e-20), v.mul_(1e-10)), 0),
+    "1e20": (lambda k, v: (k.mul_(1e20), v.mul_(1e18)), 0),
+    "1e38": (lambda k, v: (k.mul_(1e37), v.mul_(1e37)), 0),
+    "scales that grow": (scales, 0),
+    "scales that fall": (lambda k, v: k.mul_(10.0 ** torch.linspace(15, 0, 71)[:, None]), 0),
+    "widely spread": (widely_spread, 0),
+    "keys with a large mean": (lambda k, v: k.mul_(0.05).add_(1), 0),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e30])
+def test_causal_chunks_where_sums_cancel(case, size, error, monkeypatch):
+    q, k, v = (random(1, 2, 71, dim, seed=dim).clone() for dim in (8, 8, 5))
+    q = random(1, 2, 71, 8, seed=3) * size
+    change, wanted = HOSTILE[case]
+    change(k, v)
+    inputs = [t.float().requires_grad_() for t in (q, k, v)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    turns, in_turn = [], _causal._in_turn
+    monkeypatch.setattr(_causal, "_in_turn", lambda *x: turns.append(x) or in_turn(*x))
+    monkeypatch.setattr(_causal, "_recorded", None)  # not asked
+    with torch.no_grad():
+        assert error(xnorm(*inputs, causal=True), xnorm(*exact, causal=True, backend="reference")) < 1e-6
+    assert len(turns) == wanted
+    out, want = xnorm(*inputs, causal=True), xnorm(*exact, causal=True, backend="reference")
+    weight = random(*out.shape, seed=9)
+    grads = (
+        torch.autograd.grad(out, inputs, weight.float()),
+        torch.autograd.grad(want, exact, weight.float().double()),
+    )
+    for got, grad in zip(*grads, strict=True):
+        # Where float32 holds it: at sizes of 1e-20 the gradient may exceed its range.
+        inside = grad.abs().max() < 1e38 and grad.abs().max() > 1e-30
+        assert not inside or case == "1e20 nearly undone" or error(got, grad) < 1e-5
+
+
+@pytest.mark.parametrize(("keys", "values"), [(1e200, 1e-200), (1e-200, 1e200), (1e140, 1e60)])
+def test_causal_squares_beyond_float64(keys, values, error, monkeypatch):
+    """Keys or values whose squares, or those of whose products, float64 does not hold."""
+    q, k, v = random(3, 1, 2, 40, 5).unbind(0)
+    k, v, asked, recorded = k * keys, v * values, [], _causal._recorded
+    monkeypatch.setattr(_causal, "_recorded", lambda *x: asked.append(x) or recorded(*x))
+    want = xnorm(q, k / keys, v / values, causal=True, backend="reference")
+    assert error(xnorm(q, k, v, causal=True), want) < 1e-12
+    assert asked
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of forward mode itself
+def test_causal_under_every_transformation(error):
+    inputs, tangents = (
+        tuple(random(3, 2, 3, 35, 5).unbind(0)),
+        tuple(random(3, 2, 3, 35, 5, seed=1).unbind(0)),
+    )
+
+    def found(backend):
+        def run(*x):
+            return xnorm(*x, causal=True, backend=backend)
+
+        with forward_ad.dual_level():
+            dual = run(*map(forward_ad.make_dual, inputs, tangents))
+            tangent = forward_ad.unpack_dual(dual).tangent
+        mapped = torch.func.vmap(run)(*(torch.stack([x, -x.flip(2)]) for x in inputs))
+        return tangent, torch.func.jvp(run, inputs, tangents)[1], mapped
+
+    for got, want in zip(found("fused"), found("reference"), strict=True):
+        assert error(got, want) < 1e-11
+
+
+def test_causal_compiles_and_exports(error):
+    class Causal(torch.nn.Module):
+        def forward(self, q, k, v):
+            return xnorm(q, k, v, causal=True)
+
+    inputs = tuple(t.requires_grad_() for t in random(3, 1, 2, 20, 3).unbind(0))
+    want = xnorm(*inputs, causal=True, backend="reference")
+    torch.compiler.reset()
+    compiled = torch.compile(Causal(), backend="aot_eager", fullgraph=True)(*inputs)
+    assert error(compiled, want) < 1e-12
+    grads = (torch.autograd.grad(y.square().sum(), inputs) for y in (compiled, want))
+    for got, grad in zip(*grads, strict=True):
+        assert error(got, grad) < 1e-10
+    program = torch.export.export(Causal(), tuple(t.detach() for t in inputs))
+    assert error(program.module()(*inputs), want) < 1e-12
+
+
+def test_causal_images_and_projections_lie_apart(error):
+    """Views of one projection, two images, and another width of the values."""
+    qkv = random(2, 70, 3, 13).float()
+    q, k, v = (t.transpose(1, 2) for t in qkv.split([5, 5, 3], -1))
+    want = xnorm(q.double(), k.double(), v.double(), causal=True, backend="reference")
+    assert error(xnorm(q, k, v, causal=True), want) < 1e-6
 
 
 def test_steps_equal_the_causal_form(error):

@@ -29,7 +29,8 @@ def palette(count: int) -> dict[str, Style]:
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Of the lines of a plot of one run."""
-    free = iter(PALETTE[2:])
+    names = list(names)
+    free = iter(PALETTE[2:] if len(names) > 1 else PALETTE[1:])
     return {name: SERIES.get(name) or next(free) for name in names}
 
 

@@ -36,7 +36,7 @@ def render_run(run: RunRecord, defaults: Mapping[str, Any] | None = None) -> str
         plots=_plots(run),
         evaluation=_evaluated(run.evaluation) if run.evaluation else None,
         gallery={kind: [_picture(p) for p in run.gallery if p["kind"] == kind] for kind in ("worst", "best")},
-        pictures=[_picture(picture) for picture in run.pictures],
+        pictures=_by_title(run.pictures),
         recipe=_recipe(run.info["recipe"], defaults),
         words=_words,
         number=number,
@@ -194,7 +194,7 @@ def _plots(run: RunRecord) -> list[tuple[str, Markup]]:
         lines = {t.removesuffix(", %"): _line(run.evals, k, 100 if shares else 1) for k, t in names.items()}
         lines = {name: line for name, line in lines.items() if line[0]}
         if lines:
-            what = "Accuracy" if run.task == "classification" else ", ".join(lines)
+            what = "Accuracy" if run.task == "classification" else _capital(", ".join(lines))
             plots[f"{what} on held-out {run.unit}" + ", %" * shares] = lines
     held_out = {*plots} - {"Loss"}
     plots |= {
@@ -282,6 +282,13 @@ def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
 
 def _picture(picture: Mapping[str, Any]) -> dict[str, Any]:
     return {**picture, **_page.picture(base64.b64decode(picture["png"]))}
+
+
+def _by_title(pictures: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for picture in pictures:
+        found.setdefault(picture["title"], []).append(_picture(picture))
+    return found
 
 
 def _recipe(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ def farthest_points(
     Args:
         xyz: (B, N, 3).
         count: how many; may be more than N.
-        mask: (B, N) bool, True = keep, with at least one True: masked points are never taken, and the first
-            kept point is the start.
+        mask: (B, N) bool, True = keep, with at least one True: masked points, and points that are not finite,
+            are never taken, and the first other one is the start.
         skip_origin: never takes a point with |p|^2 <= 1e-3, the start apart, as the CUDA kernel of
             PointNet++, for which zeros are padding, and which PCT's authors use. It ignores real points near
             the origin, and all of a small enough cloud.
@@ -41,12 +41,13 @@ def farthest_points(
 
 def _farthest_points(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: bool) -> Tensor:
     planes = _planes(xyz)
-    start = (
-        torch.zeros(len(xyz), dtype=torch.long, device=xyz.device) if mask is None else mask.long().argmax(1)
-    )
-    distance = torch.full_like(planes[:, 0], math.inf)
+    # One NaN among the distances would be the largest of all, and end the search.
+    kept = planes.isfinite().all(1)
     if mask is not None:
-        distance = distance.masked_fill(~mask, -1)
+        kept = kept & mask
+    planes = planes.masked_fill(~kept[:, None], 0)
+    start = kept.long().argmax(1)
+    distance = torch.full_like(planes[:, 0], math.inf).masked_fill(~kept, -1)
     if skip_origin:
         distance = distance.masked_fill(planes.square().sum(1) <= 1e-3, -1)
     chosen = [start]
@@ -76,7 +77,8 @@ def nearest_points(queries: Tensor, xyz: Tensor, count: int, mask: Tensor | None
     Args:
         queries: (B, S, 3).
         xyz: (B, N, 3).
-        mask: (B, N) bool, True = keep, with at least one True: masked points are near to nothing.
+        mask: (B, N) bool, True = keep, with at least one True: masked points, and points that are not finite,
+            are near to nothing.
 
     Returns:
         Indices (B, S, count).
@@ -89,7 +91,7 @@ def nearest_points(queries: Tensor, xyz: Tensor, count: int, mask: Tensor | None
 def _nearest(queries: Tensor, planes: Tensor, count: int, mask: Tensor | None) -> Tensor:
     """queries (B, 3, S), planes (B, 3, N) -> indices (B, S, count)."""
     x, y, z = ((queries[:, i, :, None] - planes[:, i, None]).square() for i in range(3))
-    distance = x + y + z
+    distance = (x + y + z).nan_to_num(nan=math.inf, posinf=math.inf)
     if mask is not None:
         distance = distance.masked_fill(~mask[:, None], math.inf)
     distance = F.pad(distance, (0, max(0, count - distance.shape[2])), value=math.inf)

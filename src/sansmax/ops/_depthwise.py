@@ -11,14 +11,20 @@ from ._eager import without_tangent
 TAPS_OF_OWN_GRADIENT = 25
 
 
-def depthwise(cells: Tensor, kernel: Tensor) -> Tensor:
-    """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside."""
+def depthwise(cells: Tensor, kernel: Tensor, padding: tuple[int, int] | None = None) -> Tensor:
+    """Cross-correlation of (B, rows, columns, C) with (C, 1, kernel rows, kernel columns), zeros outside.
+
+    `padding`: how many rows and columns of zeros lie on each side; None centres the kernel.
+    """
+    if padding is None:
+        padding = kernel.shape[2] // 2, kernel.shape[3] // 2
     # Channels last in memory: no copy. A (T, T) matrix per head gathered from w takes 2 to 300 times as long.
     x = cells.movedim(-1, 1)
     if not x.is_cpu:
-        return _convolve(x.contiguous(), kernel).movedim(1, -1)  # channels last, cuDNN would round to TF32
+        # Channels last, cuDNN would round to TF32.
+        return _convolve(x.contiguous(), kernel, padding).movedim(1, -1)
     own = kernel[0].numel() >= TAPS_OF_OWN_GRADIENT and _reverse_only(x, kernel)
-    return (_Depthwise.apply if own else _convolve)(x, kernel).movedim(1, -1)
+    return (_Depthwise.apply if own else _convolve)(x, kernel, padding).movedim(1, -1)
 
 
 def _reverse_only(*tensors: Tensor) -> bool:
@@ -27,33 +33,31 @@ def _reverse_only(*tensors: Tensor) -> bool:
     return not any(map(is_functorch_wrapped_tensor, tensors)) and without_tangent(*tensors)
 
 
-def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    return F.conv2d(x, kernel, padding=_reach(kernel), groups=x.shape[1])
-
-
-def _reach(kernel: Tensor) -> tuple[int, int]:
-    return kernel.shape[2] // 2, kernel.shape[3] // 2
+def _convolve(x: Tensor, kernel: Tensor, padding: tuple[int, int]) -> Tensor:
+    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
 
 
 class _Depthwise(torch.autograd.Function):
     """`_convolve`, whose kernel gradient is a convolution of the input with the output's gradient."""
 
     @staticmethod
-    def forward(x, kernel):
-        return _convolve(x, kernel)
+    def forward(x, kernel, padding):
+        return _convolve(x, kernel, padding)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        x, kernel, ctx.padding = inputs
+        ctx.save_for_backward(x, kernel)
 
     @staticmethod
     def backward(ctx, *grads):
-        (grad,), (x, kernel) = grads, ctx.saved_tensors
-        rows, columns = _reach(kernel)
+        (grad,), (x, kernel), (rows, columns) = grads, ctx.saved_tensors, ctx.padding
         b, c = grad.shape[:2]
         # Padded beforehand: with padding that wide the library's convolution falls back to a loop.
         padded = F.pad(x, (columns, columns, rows, rows)).contiguous()
         grad_kernel = F.conv2d(
             padded.view(1, b * c, *padded.shape[2:]), grad.reshape(b * c, 1, *grad.shape[2:]), groups=b * c
         )
-        return _convolve(grad, kernel.flip(-2, -1)), grad_kernel.view(b, *kernel.shape).sum(0)
+        padding = kernel.shape[2] - 1 - rows, kernel.shape[3] - 1 - columns
+        grad_x = _convolve(grad, kernel.flip(-2, -1), padding)
+        return grad_x, grad_kernel.view(b, *kernel.shape).sum(0), None

@@ -18,22 +18,26 @@ OPTIONS = {
 
 
 def chars(mechanism: str) -> Recipe:
-    """A small causal network (4 layers of 128) that learns 600,000 bytes of Python in three minutes.
+    """A small causal network (3 layers of 128, 128 bytes of context) that learns 2 MB of Python's sources.
 
         sansmax train chars_aft_local --out chars
         sansmax generate chars --prompt "def " --length 400
 
     `--data.root` names another file or a folder with train.*, valid.* and test.*.
+
+    Cost: with aft_local three minutes on two cores of an AMD EPYC.
+    To reach: with aft_local 2.2 bits per character on 50,000 held-out bytes, where counted pairs of bytes
+    need 3.4; one seed. No paper has these runs.
     """
     options = {"mechanism_args": OPTIONS[mechanism]} if mechanism in OPTIONS else {}
     return Recipe(
         mechanism=mechanism,
-        model_args={"depth": 4, "embed_dim": 128, "num_heads": 4, **options},
-        tokens=256,
+        model_args={"depth": 3, "embed_dim": 128, "num_heads": 4, **options},
+        tokens=128,
         dropout=0.0,
-        epochs=8,
+        epochs=6,
         batch_size=16,
-        data=TextData(root="stdlib", val_bytes=50_000, sequences=2400),
+        data=TextData(root="stdlib", val_bytes=50_000, sequences=2600),
         optim=Optim(
             opt="adamw",
             lr=3e-3,

@@ -30,7 +30,7 @@ def enwik8(
     test` scores the test bytes.
 
     Cost: not measured; the paper had 8 V100, on which AFT-local-32 made 2.04 updates a second (24 layers).
-    To reach, test bits per character: windows 1, 2, 4, 8, 32, 64, 128, 256, 512, 1024: 1.205, 1.176, 1.165,
+    To reach: test bits per character at windows 1, 2, 4, 8, 32, 64, 128, 256, 512, 1024: 1.205, 1.176, 1.165,
     1.162, 1.154, 1.160, 1.165, 1.164, 1.171, 1.173; simple 1.209; softmax 1.130; wide: 1.180 and 1.137.
 
     Assumed, because the paper does not say: 4,000 updates of warm-up (Vaswani et al.), learned positions,

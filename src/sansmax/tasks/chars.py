@@ -4,7 +4,7 @@ import csv
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from ._task import Picture, Task, Trained, rows
 __all__ = ["Chars", "Recipe", "Window", "build", "generate", "open_task", "predict"]
 
 BYTES = 256
+SHOWN = 1000  # bytes in the report
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Chars(Task):
                 yield seen[:, :-1], seen[:, 1:]
 
     def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Window]:
-        for index in torch.arange(rank, self.val_size, world).split(batch_size):
+        for index in torch.arange(self.val_size)[rank::world].split(batch_size):
             yield self.windows(index)
 
     def windows(self, index: Tensor) -> Window:
@@ -111,6 +112,10 @@ class Chars(Task):
         loss = (verdicts[:, 1].sum() / verdicts[:, 2].sum()).item()
         return {"bpc": loss / math.log(2), "loss": loss}
 
+    def words(self, found: Mapping[str, float]) -> str:
+        context = min(self.tokens, len(self._val) - 1) - self.stride
+        return f"{super().words(found)}, at least {max(0, context)} of {self.tokens} bytes before each"
+
     def about(self) -> dict[str, Any]:
         return {"context": self.tokens - self.stride, "tokens": self.tokens}
 
@@ -119,7 +124,7 @@ class Chars(Task):
 
     def pictures(self, network: nn.Module, verdicts: Tensor) -> list[Picture]:
         """Bits against the bytes before, and a piece of the split coloured by its bits."""
-        count = min(self.val_size, 64)
+        count = min(self.val_size, max(64, 2**16 // self.tokens))
         spread = torch.linspace(0, self.val_size - 1, count).long().unique()
         batches = [self.windows(some) for some in spread.split(8)]
         bits = torch.cat([self.nats(network(b.inputs), b).cpu() for b in batches]) / math.log(2)
@@ -127,13 +132,15 @@ class Chars(Task):
         means = [bits[:, a:b].mean().item() for a, b in itertools.pairwise(edges)]
         centres = [(a + b - 1) / 2 + 1 for a, b in itertools.pairwise(edges)]
         plot = line_plot(centres, means, "bytes before", "bits per character", log_x=True)
-        first, shown = batches[0], min(1000, bits.shape[1])
-        piece = bytes(first.targets[0, :shown].tolist())
+        middle, some = self.val_size // 2, -(-SHOWN // bits.shape[1])
+        batch = self.windows(torch.arange(middle, min(middle + some, self.val_size)))
+        shown = self.nats(network(batch.inputs), batch)[batch.scored][:SHOWN] / math.log(2)
+        piece = bytes(batch.targets[batch.scored][:SHOWN].tolist())
         return [
             Picture("What the context is worth", plot, f"Mean over {len(spread)} windows of held-out bytes."),
             Picture(
                 "Held-out bytes by surprise",
-                coloured_text(piece, bits[0, :shown].tolist()),
+                coloured_text(piece, shown.tolist()),
                 "White: 0 bits; the darkest: 8 bits and more.",
             ),
         ]

@@ -23,6 +23,9 @@ from .._matmul import prefix_sums
 # A sum over 2^20 tokens of exp(40) leaves float32 34 nats for large values, exp(-40) 47 for small ones.
 NEAR = {torch.float32: 40.0, torch.float64: 300.0}
 
+# Times exp(-NEAR), and a millionth of it too, they are normal numbers.
+SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-170}
+
 # Tokens of a chunk of `scan`. Two levels of 32 leave (T / 1024)^2 pairs: fewer than T while T < 2^20.
 _CHUNK, _LEVELS = 32, 2
 
@@ -95,7 +98,7 @@ def scan(x: Triple) -> Triple:
     Where all exponents lie near 0, none is put aside: a sixth of the time (3072 tokens, 512 channels), and
     rows do not depend on later ones by a single bit. `den` may then be as small as exp(-NEAR).
     """
-    if readable(*x) and near(x.top.detach()):
+    if readable(*x) and near(x.top.detach()) and weighable(x.num.detach()):
         weights = x.top.exp()
         num, den = (prefix_sums(part * weights, spare=True) for part in (x.num, x.den))
         if finite(num[..., -1, :]):  # an overflow reaches the last row
@@ -106,12 +109,17 @@ def scan(x: Triple) -> Triple:
     return Triple(num, den, top)
 
 
-def near(top: Tensor) -> bool:
-    """Whether exp(top) and its sums need no scale; -inf counts as empty."""
-    limit, low = NEAR[top.dtype], top.amin(-2)
+def near(top: Tensor, bias: float = 0.0) -> bool:
+    """Whether exp(top), also with a bias up to +-`bias`, and its sums need no scale; -inf counts as empty."""
+    limit, low = NEAR[top.dtype] - bias, top.amin(-2)
     if low.sum().item() == -math.inf:
         low = top.masked_fill(top == -torch.inf, 0).amin(-2)
     return max(top.amax(-2).amax().item(), -low.amin().item()) <= limit
+
+
+def weighable(v: Tensor) -> bool:
+    """Whether exp(-NEAR) times what matters of each channel of v (..., T, C) is no subnormal number."""
+    return torch.linalg.vector_norm(v, math.inf, -2).amin().item() >= SMALLEST[v.dtype]
 
 
 def _decayed_cumsum(xs: list[Tensor], top: Tensor, levels: int) -> list[Tensor]:

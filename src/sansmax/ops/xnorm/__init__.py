@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _check
 from .._backend import choose, no_autocast
 from . import fused
+from ._norms import row_scale, unit_columns
 
 __all__ = ["XNormState", "example", "flops", "xnorm", "xnorm_init_state", "xnorm_step"]
 
@@ -127,7 +128,7 @@ def xnorm_step(
     q, k, v = (t.to(state.kv.dtype) for t in (q, k, v))
     kv = state.kv + k[..., :, None] * v[..., None, :]
     q = q[..., None, :]
-    out = (q @ fused.unit_columns(kv, eps) * fused.row_scale(q, gamma, eps)).squeeze(-2)
+    out = (q @ unit_columns(kv, eps) * row_scale(q, gamma, eps)).squeeze(-2)
     return out.to(dtype), XNormState(kv)
 
 

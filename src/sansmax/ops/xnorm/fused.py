@@ -2,15 +2,14 @@
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .._backend import no_autocast
 from .._eager import finite, readable, without_tangent
 from .._matmul import heads_matmul
 from .._split import side_by_side
+from ._causal import causal as _causal
+from ._norms import largest, row_scale, scaled, unit_columns
 
-# Tokens of a causal chunk. The column norms need the D x E matrix of every token, CHUNK of them at a time.
-CHUNK = 16
 # 1 / eps, rounded, is at least this share of it.
 AT_FLOOR = 1 - 1e-6
 
@@ -35,7 +34,7 @@ def _full(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float) -> 
         if found is not None:
             return _Closed.apply(q, k, v, gamma, eps, found) if torch.is_grad_enabled() else found[0]
     # Scales of k and of v's channels cancel, except in eps; with them k^T v cannot overflow.
-    k_top, v_top = _top(k, (-2, -1), eps), _top(v, (-2,), eps)
+    k_top, v_top = largest(k, (-2, -1), eps), largest(v, (-2,), eps)
     kv = unit_columns(heads_matmul((k / k_top).mT, v / v_top), eps / k_top / v_top)
     return heads_matmul(q, kv) * row_scale(q, gamma, eps)
 
@@ -53,11 +52,7 @@ def _by_matrix(
     columns = squares.clamp_(min=eps * eps).sqrt_().reciprocal_()  # (B, H, 1, E)
     unit *= columns
     rows = norm.clamp_(min=eps).reciprocal_()  # (B, H, N, 1)
-    return heads_matmul(q, _scaled(unit, gamma)).mul_(rows), unit, columns, rows
-
-
-def _scaled(unit: Tensor, gamma: Tensor | None) -> Tensor:
-    return unit if gamma is None else unit * gamma.to(unit.dtype).square()[:, None, None]
+    return heads_matmul(q, scaled(unit, gamma)).mul_(rows), unit, columns, rows
 
 
 class _Closed(torch.autograd.Function):
@@ -90,9 +85,9 @@ class _Closed(torch.autograd.Function):
             if gamma is not None:
                 grad_gamma = (2 * gamma * along.sum((0, 2, 3))).to(gamma.dtype)
             along = along.masked_fill_(columns >= AT_FLOOR / ctx.eps, 0)
-            grad_kv = _scaled(torch.addcmul(grad_unit, unit, along, value=-1).mul_(columns), gamma)
+            grad_kv = scaled(torch.addcmul(grad_unit, unit, along, value=-1).mul_(columns), gamma)
             grad_q, grad_k, grad_v = side_by_side(q, k, v)
-            straight = heads_matmul(grad, _scaled(unit, gamma).mT)
+            straight = heads_matmul(grad, scaled(unit, gamma).mT)
             along = (q * straight).sum(-1, keepdim=True).mul_(rows.square())
             along = along.masked_fill_(rows >= AT_FLOOR / ctx.eps, 0)
             torch.addcmul(straight, q, along, value=-1, out=grad_q)
@@ -107,45 +102,3 @@ def _recorded_gradient(q, k, v, gamma, eps: float, grad: Tensor) -> list[Tensor 
     inputs = [t for t, wanted in zip((q, k, v, gamma), needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
-
-
-def unit_columns(kv: Tensor, eps: Tensor | float) -> Tensor:
-    """M / max(||M||_2 over axis -2, eps)."""
-    # Squares leave float32 from 2e19 on: the columns are brought to size 1 before their norm is taken.
-    top = kv.detach().abs().amax(-2, keepdim=True)
-    top = torch.where(top > 0, top, 1)
-    kv = kv / top
-    return kv / torch.maximum(torch.linalg.vector_norm(kv, dim=-2, keepdim=True), eps / top)
-
-
-def row_scale(q: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    """gamma^2 / max(||q||_2 over axis -1, eps) as (B, H, N, 1)."""
-    norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-    if readable(q) and finite(norm):
-        scale = norm.clamp(min=eps).reciprocal()
-    else:
-        top = _top(q, (-1,), eps)
-        scale = torch.linalg.vector_norm(q / top, dim=-1, keepdim=True).clamp(min=1).reciprocal() / top
-    return scale if gamma is None else scale * gamma.to(scale.dtype).square()[:, None, None]
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
-    outs, kv = [], k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    # The backward pass makes the matrices of a chunk again instead of keeping those of all tokens.
-    recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    for q_i, k_i, v_i in zip(q.split(CHUNK, 2), k.split(CHUNK, 2), v.split(CHUNK, 2), strict=True):
-        if recompute:
-            out, kv = checkpoint(_causal_chunk, q_i, k_i, v_i, kv, eps, use_reentrant=False)
-        else:
-            out, kv = _causal_chunk(q_i, k_i, v_i, kv, eps)
-        outs.append(out)
-    return torch.cat(outs, dim=2) * row_scale(q, gamma, eps)
-
-
-def _causal_chunk(q: Tensor, k: Tensor, v: Tensor, before: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kv = (k[..., :, None] * v[..., None, :]).cumsum(2) + before[:, :, None]
-    return (q[..., None, :] @ unit_columns(kv, eps)).squeeze(-2), kv[:, :, -1]
-
-
-def _top(x: Tensor, dim: tuple[int, ...], eps: float) -> Tensor:
-    return x.detach().abs().amax(dim, keepdim=True).clamp(min=eps)

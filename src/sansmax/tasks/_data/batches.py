@@ -126,7 +126,7 @@ class InMemory:
                 yield Batch(seen, labels, boxes[mine].to(self.device), index[mine])
 
     def val(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]:
-        for index in torch.arange(rank, self.val_size, world).split(batch_size):
+        for index in torch.arange(self.val_size)[rank::world].split(batch_size):
             pixels, labels = (t[index.to(self.device)] for t in self._val)
             yield Batch(self._normalised(pixels), labels, torch.zeros(len(index), 4), index)
 
@@ -238,7 +238,7 @@ class Files:
         yield from normalised(noted, self.mean, self.std, self.device)
 
     def val(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]:
-        index = torch.arange(rank, self.val_size, world)
+        index = torch.arange(self.val_size)[rank::world]
         keys = [[(i, 0) for i in some.tolist()] for some in index.split(batch_size)]
         loader = self._loader(self._evaluated, keys, persistent=False)
         noted = Noted(loader, self.skipped, self.split, some=world == 1)

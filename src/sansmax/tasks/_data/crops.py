@@ -156,7 +156,7 @@ class Pixels:
 
     def val(self, rank: int, world: int, batch_size: int) -> Iterator[Masked]:
         """Held-out images; neighbours of one size come together."""
-        index = torch.arange(rank, len(self.val_scenes), world)
+        index = torch.arange(len(self.val_scenes))[rank::world]
         loader = self._loader(
             Whole(self.val_scenes), [some.tolist() for some in index.split(batch_size)], False
         )

@@ -14,7 +14,17 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from . import Images
 from ._decode import decode, reason
 
-__all__ = ["LAYOUT", "classes_of", "decode_all", "files_of", "folders", "held_out", "load", "some"]
+__all__ = [
+    "LAYOUT",
+    "classes_of",
+    "decode_all",
+    "files_of",
+    "folders",
+    "held_out",
+    "image_files",
+    "load",
+    "some",
+]
 
 IMG_SIZE = 64
 HELD_OUT = 0.2
@@ -207,3 +217,22 @@ def some(items: list[str], limit: int = 3) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def image_files(source: Path) -> list[Path]:
+    """An image, or those of a folder and all below it, sorted; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing, or no image.
+    """
+    source = source.expanduser()
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"source: expected an image or a folder of them, got nothing at {source}; check the path"
+        )
+    found = list(files_of(source))
+    if not found:
+        raise ValueError(f"source: expected images ({', '.join(IMG_EXTENSIONS)}) below {source}, got none")
+    return found

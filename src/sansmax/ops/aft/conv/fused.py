@@ -4,8 +4,8 @@ Numerators exp(k) v and denominators exp(k) are channels of one convolution. Eq.
 and adds the sum over ALL tokens: cheapest, but it cancels where a large key lies under a negative w. The
 positive form convolves with exp(w) and sums the tokens out of reach apart, so that nothing is subtracted:
 1.4 times the time, full precision until a sum underflows. `by_regions` gives each region a maximum of its
-own and is always right. Causal, where one maximum for all rows would let the future decide, is by regions
-too.
+own and is always right. Causal, where one maximum for all rows would let the future decide, the positive form
+has no maximum and serves keys near 0, sums before the kernel as prefix sums; else it is by regions.
 """
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..._backend import no_autocast
 from ..._depthwise import depthwise
-from ..._eager import holds_values
+from ..._eager import finite, holds_values, overwritable, readable
+from ..._matmul import prefix_sums
 from .. import _triple
 from ._regions import by_regions, distance
 
@@ -37,10 +38,47 @@ def aft_conv(
         q, k, v, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v, w))
         v = v.unflatten(-1, (k.shape[-1], -1))  # (B, T, H, dh)
         if causal:
-            average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, short=None).transpose(1, 2)
+            average = _causal(k, v, w)
+            if average is None:
+                average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, short=None).transpose(1, 2)
         else:
             average = _centred(k, v, w, grid, prefix)
-        return (q.sigmoid() * average.flatten(-2)).to(dtype)
+        average = average.flatten(-2)
+        return (average.mul_(q.sigmoid()) if overwritable(q, average) else q.sigmoid() * average).to(dtype)
+
+
+def _causal(k: Tensor, v: Tensor, w: Tensor) -> Tensor | None:
+    """The averages (B, T, H, dh); None where keys, biases or values are extreme, or cannot be read.
+
+    Weights are not scaled, so that rows do not depend on later ones.
+    """
+    if not (readable(k, v, w) and _triple.near(k.detach(), w.detach().abs().amax().item())):
+        return None
+    if not _triple.weighable(v.detach().flatten(-2)):
+        return None
+    heads, width = v.shape[-2:]
+    weights, taps = k.exp(), w.exp()  # (B, T, H), (H, 1, s)
+    num = _causal_sums((weights.unsqueeze(-1) * v).flatten(-2), taps.repeat_interleave(width, 0))
+    if not finite(num):
+        return None
+    num, den = num.unflatten(-1, (heads, width)), _causal_sums(weights, taps)
+    if den[:, 0].amin().item() == 0:  # masked
+        den = den.masked_fill(den == 0, 1)
+    den = den.unsqueeze(-1)
+    return num.div_(den) if overwritable(num, den) else num / den
+
+
+def _causal_sums(x: Tensor, taps: Tensor) -> Tensor:
+    """x (B, T, C), taps (C, 1, s) -> the taps that end at each token plus the sum over all before them."""
+    tokens, size = x.shape[1], taps.shape[2]
+    near = depthwise(x.unsqueeze(1), taps.unsqueeze(1), (0, size - 1)).squeeze(1)[:, :tokens]
+    if tokens <= size:
+        return near
+    far = prefix_sums(x, spare=True)[:, : tokens - size]
+    if overwritable(near, far):
+        near[:, size:] += far
+        return near
+    return near + F.pad(far, (0, 0, size, 0))
 
 
 def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:

@@ -15,11 +15,19 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     with no_autocast(q):
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        return (_causal(q, k, v) if causal else q.sigmoid() * _triple.finish(_sums(k, v))).to(dtype)
+        return (_causal(q, k, v) if causal else q.sigmoid() * _average(k, v)).to(dtype)
+
+
+def _average(k: Tensor, v: Tensor) -> Tensor:
+    if readable(k, v):
+        average = (k.softmax(1) * v).sum(1, keepdim=True)
+        if finite(average):  # where everything is masked it is not
+            return average
+    return _triple.finish(_sums(k, v))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if readable(k, v) and _triple.near(k.detach()):
+    if readable(k, v) and _triple.near(k.detach()) and _triple.weighable(v.detach()):
         weights = k.exp()
         num, den = prefix_sums(weights * v, spare=True), prefix_sums(weights, spare=True)
         if finite(num[:, -1]):  # an overflow reaches the last row
