@@ -169,6 +169,7 @@ def test_scales_and_mirror_images_as_published():
             total = total + (y.flip(3) if mirrored else y)
     assert sizes == [(17, 17), (33, 41)] * 2
     found = Look(scales, True, output_stride=8).logits(network, image)
+    assert sizes == [(17, 17), (33, 41)] * 4
     torch.testing.assert_close(4 * found, total)
 
 
