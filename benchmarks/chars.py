@@ -1,4 +1,4 @@
-"""Bits per character with every causal mechanism: one network, recipe, seed and budget; speed and memory.
+"""Bits per character with every causal mechanism: one network, recipe, seed and budget; memory and speed.
 
     python benchmarks/chars.py --root FOLDER --out results/chars-cpu.json
 
@@ -10,16 +10,17 @@ import dataclasses
 import json
 import multiprocessing
 import resource
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 from sansmax.bench import measure
+from sansmax.models import Decoder
 from sansmax.tasks._recipes.chars import Recipe, TextData
+from sansmax.tasks.chars import build
 from sansmax.train.checkpoint import read_json, write_json
 from sansmax.train.recipe import Optim
 
@@ -58,7 +59,6 @@ def recipe(name: str, root: str, out: str, words: dict[str, Any]) -> Recipe:
 
 def train_one(name: str, root: str, out: str, words: dict[str, Any]) -> dict[str, Any]:
     """A run, its decoding, and what it took."""
-    from sansmax.tasks._data.sampling import Sampler, Stream
     from sansmax.train.run import run
     from sansmax.train.trained import evaluate_run, load_trained
 
@@ -71,25 +71,52 @@ def train_one(name: str, root: str, out: str, words: dict[str, Any]) -> dict[str
     trained = load_trained(out)
     slid = dataclasses.replace(made, stride=made.tokens // 2)
     network: Any = trained.model
-    stream, sampler = Stream(network, torch.device("cpu")), Sampler()
-    stream.feed(b"The ")
-    times = []
-    for _ in range(250):
-        before = time.perf_counter()
-        stream.next(sampler)
-        times.append(time.perf_counter() - before)
     return {
         "bpc": outcome.score,
         "context": 0,
         "bpc_stride_half": evaluate_run(trained, slid)[1]["bpc"],
         "curve": outcome.curve,
-        "train_seconds": outcome.train_seconds,
-        "tokens_per_s": outcome.images_per_s * made.tokens,
         "train_rss_gib": memory,
         "libraries_rss_gib": libraries,
-        "decode_us": 1e6 * statistics.median(times),
         "state_bytes": 4 * sum(layer.state_size(made.tokens) for layer in network.mixers()),
         "params": sum(p.numel() for p in network.parameters()),
+    }
+
+
+def speeds(seconds: float) -> dict[str, dict[str, Any]]:
+    """Training: tokens a second, forward and backward of 16 sequences of 256. Decoding: microseconds for a
+    token behind 200. Forms in turn."""
+    chance = torch.Generator().manual_seed(0)
+    batch = torch.randint(256, (16, 256), generator=chance)
+    networks = {
+        name: build(recipe(name, "", "", {"test_bytes": 1, "sequences": 1, "seed": 0}), []) for name in RUNS
+    }
+
+    def learn(network: Decoder) -> None:
+        logits = network(batch)
+        F.cross_entropy(logits.flatten(0, 1), batch.flatten()).backward()
+
+    @torch.inference_mode()
+    def states(network: Decoder) -> Any:
+        state = network.eval().init_state()
+        for token in batch[0, :200]:
+            state = network.step(token[None], state)[1]
+        return state
+
+    @torch.inference_mode()
+    def decode(network: Decoder, state: Any) -> None:
+        network.step(batch[0, :1], state)
+
+    learned = measure.interleaved({k: lambda n=n: learn(n) for k, n in networks.items()}, seconds=seconds)
+    behind = {k: states(n) for k, n in networks.items()}
+    calls = {k: lambda k=k: decode(networks[k], behind[k]) for k in networks}
+    decoded = measure.interleaved(calls, seconds=seconds)
+    return {
+        name: {
+            "tokens_per_s": measure.spread([batch.numel() / t for t in learned[name]]),
+            "decode_us": measure.spread(decoded[name], 1e6),
+        }
+        for name in networks
     }
 
 
@@ -101,6 +128,7 @@ def main(
     sequences: int = 3200,
     test_bytes: int = 200_000,
     seed: int = 0,
+    seconds: float = 40.0,
 ) -> None:
     """Trains, scores the first `test_bytes` test bytes and writes the table.
 
@@ -108,6 +136,7 @@ def main(
         root: folder of the text.
         names: of RUNS (default: all).
         sequences: of 256 bytes, in each of four epochs.
+        seconds: for either of the two speeds.
     """
     found: dict[str, Any] = read_json(Path(out)) or {"rows": {}}
     words = {"sequences": sequences, "test_bytes": test_bytes, "seed": seed}
@@ -122,6 +151,8 @@ def main(
         found |= {"machine": measure.machine(), "versions": measure.versions()}
         write_json(Path(out), found)
         print(name, json.dumps({k: v for k, v in row.items() if k != "curve"}), flush=True)
+    found["speed"] = speeds(seconds)
+    write_json(Path(out), found)
 
 
 if __name__ == "__main__":
