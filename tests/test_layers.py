@@ -356,6 +356,10 @@ def test_sima_token_scale_undoes_the_token_count():
         y, state = scaled.step(x[:, t], state)
         torch.testing.assert_close(y, causal[:, t])
     torch.testing.assert_close(scaled(x, context=twice), scaled(x))  # the queries count, not the keys
+    # The count is as exact as the values.
+    double, x = make("sima", token_scale=9).double(), x.double()
+    everything = torch.ones(2, 7, dtype=torch.bool)
+    torch.testing.assert_close(double(x, mask=everything), double(x), rtol=1e-13, atol=1e-15)
     with pytest.raises(ValueError, match="token_scale must be None or"):
         make("sima", token_scale=0)
 

@@ -28,7 +28,8 @@ from sansmax.ops.softmax import softmax
 from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
-    from sansmax import layers, models
+    from sansmax import layers, maps, models
+    from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
 
 __version__ = "0.1.0"
@@ -46,10 +47,13 @@ __all__ = [
     "aft_simple",
     "aft_simple_init_state",
     "aft_simple_step",
+    "attention_map",
+    "attention_rollout",
     "create_model",
     "external",
     "layers",
     "load_published",
+    "maps",
     "models",
     "newton_inverse",
     "optimize_for_inference",
@@ -65,8 +69,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("layers", "models"):
+    if name in ("layers", "maps", "models"):
         return import_module(f"sansmax.{name}")
+    if name in ("attention_map", "attention_rollout"):
+        return getattr(import_module("sansmax.maps"), name)
     if name in ("create_model", "load_published", "optimize_for_inference"):
         return getattr(import_module("sansmax.models"), name)
     raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

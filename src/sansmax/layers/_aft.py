@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._eager import for_all
 from ._contract import Grid, Mixer
+from ._parts import kept, pulled_back
 
 __all__ = ["PAPER", "AFTMixer", "PositionBiasMixer"]
 
@@ -45,6 +46,19 @@ class AFTMixer(Mixer):
         if isinstance(norm, nn.Identity):
             return x
         return norm(x.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer; H is the channels. A is the weights exp(k + w) over their sum, in front of the gate."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        q, k, v = self.channels(x)
+        open_gate = torch.zeros_like(q)  # sigmoid 1/2
+
+        def mix(values: Tensor) -> Tensor:
+            return 2 * self.attend(open_gate, k, values, mask, False, grid)
+
+        return pulled_back(mix, v, kept(rows, mask)[..., None]).mT
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         self.check_tokens("x", x, ("B", self.dim))

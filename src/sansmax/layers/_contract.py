@@ -167,6 +167,31 @@ class Mixer(nn.Module):
         """y (..., attn_dim) -> (..., C); x is what the layer was given, for those that add it themselves."""
         return self.proj_drop(self.proj(self.norm(y)))
 
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """rows A, what flows from every token into the outputs that `rows` weighs, without the N x N map A.
+
+        out[b, h, m] = sum over n of rows[b, n] A[b, h, n, m], where the mixing of head h is y_n = sum over m
+        of A[n, m] v_m. A is what the class says of its map; the axis h of the AFT layers is the channels.
+
+        Args:
+            x: (B, N, C), what `forward` is given; mask and grid too.
+            rows: (B, N). One-hot: what that token attends to.
+
+        Returns:
+            (B, H, N), signed where the mechanism is, in the dtype of the computation.
+        """
+        raise NotImplementedError
+
+    def map_row(
+        self, x: Tensor, query: int, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """A[:, :, query], what token `query` attends to: (B, H, N). At the cost of O(N)."""
+        rows = x.new_zeros(x.shape[:2])
+        rows[:, query] = 1
+        return self.map_product(x, rows, mask=mask, grid=grid)
+
     def init_state(self, batch_size: int) -> Any:
         """The state of `step` before the first token."""
         raise ValueError(f"{self.name}: there is no streaming form; use Softmax, SimA, XNorm or an AFT layer")

@@ -1,5 +1,7 @@
 """What several layers share."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from ..ops._split import split_heads
 from ..ops.external import external, external_map
 from ._contract import Grid, Mixer
 
-__all__ = ["HeadsMixer", "recalled", "state_dtype"]
+__all__ = ["HeadsMixer", "kept", "pulled_back", "recalled", "recalled_together", "state_dtype"]
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:
@@ -26,6 +28,35 @@ def recalled(
         attention = drop(external_map(x, memory_k, mask=mask, eps=eps))
         return (attention @ memory_v.to(attention.dtype)).to(x.dtype)
     return external(x, memory_k, memory_v, mask=mask, eps=eps)
+
+
+def kept(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of tokens (B, N), 0 where they are masked."""
+    return rows if mask is None else rows.masked_fill(~mask, 0)
+
+
+def recalled_together(attention: Tensor, rows: Tensor) -> Tensor:
+    """rows A, where A[n, m] = sum over s of a[n, s] a[m, s] / sum over m of a[m, s].
+
+    Args:
+        attention: a, (B, H, N, S), of tokens and memory rows.
+        rows: (B, N).
+    """
+    used = attention.sum(-2, keepdim=True)
+    share = attention / torch.where(used > 0, used, 1)
+    return (rows[:, None, None].to(attention.dtype) @ attention @ share.mT).squeeze(-2)
+
+
+def pulled_back(mix: Callable[[Tensor], Tensor], values: Tensor, rows: Tensor) -> Tensor:
+    """rows A of y = mix(values) = A values, as the gradient of sum(rows y): at the cost of mix's backward.
+
+    rows: what broadcasts to y; 0 where a token is masked.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        values = torch.zeros_like(values, requires_grad=True)
+        y = mix(values)
+        (found,) = torch.autograd.grad(y, values, rows.to(y.dtype).expand_as(y))
+    return found
 
 
 class HeadsMixer(Mixer):
@@ -55,6 +86,14 @@ class HeadsMixer(Mixer):
             kv = F.linear(context, weight[rows:], kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
             q, (k, v) = q.transpose(1, 2), kv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        x, _, mask = self.received(x, None, False, None, mask)
+        q, k, v = self.heads(x)
+        mix = partial(self.attend, q, k, mask=mask, causal=False)
+        return pulled_back(mix, v[..., :1], kept(rows, mask)[:, None, :, None]).squeeze(-1)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         self.check_tokens("x", x, ("B", self.dim))

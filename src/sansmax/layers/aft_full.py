@@ -1,5 +1,8 @@
 """AFT-full: gated averages with a learned bias for every pair of positions."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from ..ops.aft import aft_full, aft_full_init_state, aft_full_step
@@ -43,6 +46,23 @@ class AFTFull(PositionBiasMixer):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grid: Grid | None
     ) -> Tensor:
         return aft_full(q, k, v, self.position_bias(q.shape[1], grid), causal=causal, mask=mask)
+
+    def map_row(
+        self, x: Tensor, query: int, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        x, _, mask = self.received(x, None, False, None, mask)
+        work = torch.promote_types(x.dtype, torch.float32)
+        logits = self.channels(x)[1].mT.to(work)  # (B, C, N)
+        bias, tokens = self.position_bias(x.shape[1], grid), x.shape[1]
+        if isinstance(bias, tuple):
+            row = (bias[1][:tokens].to(work) @ bias[0][query].to(work)[:, None]).squeeze(-1)
+        else:
+            row = bias[query, :tokens].to(work)
+        logits = logits + row
+        if mask is None:
+            return logits.softmax(-1)
+        weights = logits.masked_fill(~mask[:, None], -math.inf).softmax(-1)
+        return weights.masked_fill(~mask[:, query, None, None], 0)
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: AFTFullState

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.external import flops
+from ..ops.external import external_map, flops
 from ._contract import Grid, Mixer, Traits
-from ._parts import recalled
+from ._parts import recalled, recalled_together
 
 __all__ = ["ExternalAttention"]
 
@@ -106,6 +106,16 @@ class ExternalAttention(Mixer):
         query = self.query(x) if self.query_proj else x
         y = recalled(query.to(memory_k.dtype), memory_k, memory_v, mask, self.eps, self.attn_drop)
         return (y if self.memory_v_bias is None else y + self.memory_v_bias).to(query.dtype)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer; H = 1. No value flows between tokens: A[n, m] = sum over s of a[n, s] a[m, s] / sum over
+        m of a[m, s], how much token m has of the use of the memory rows that token n looks up."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        query = self.query(x) if self.query_proj else x
+        attention = external_map(query.to(self.memories[0].dtype), self.memories[0], mask=mask, eps=self.eps)
+        return recalled_together(attention[:, None], rows)
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         y = super().output(y, x)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.external import flops
+from ..ops.external import external_map, flops
 from ._contract import Grid, Mixer, Traits
-from ._parts import recalled
+from ._parts import recalled, recalled_together
 
 __all__ = ["ExternalAttentionMultihead"]
 
@@ -95,6 +95,14 @@ class ExternalAttentionMultihead(Mixer):
             + self.memory_v_bias
         )
         return y.transpose(1, 2).flatten(2).to(query.dtype)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See ExternalAttention, head by head."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        heads = self.query(x).to(self.memory_k.dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return recalled_together(external_map(heads, self.memory_k, mask=mask, eps=self.eps), rows)
 
     def flops(self, n: int, m: int | None = None) -> int:
         projections = 4 * n * self.dim * self.attn_dim

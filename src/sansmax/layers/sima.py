@@ -83,6 +83,7 @@ class SimA(HeadsMixer):
             tokens = torch.arange(1, q.shape[2] + 1, device=y.device)[:, None]
         else:
             return y * (q.shape[2] / self.token_scale)
+        tokens = tokens.to(torch.promote_types(y.dtype, torch.float32))
         return y * (tokens / self.token_scale).to(y.dtype)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:

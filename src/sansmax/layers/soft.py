@@ -10,6 +10,7 @@ from ..ops._backend import no_autocast
 from ..ops._depthwise import depthwise
 from ..ops.soft import flops, soft
 from ._contract import Grid, Mixer, Traits
+from ._parts import kept, pulled_back
 
 __all__ = ["SOFT"]
 
@@ -102,19 +103,8 @@ class SOFT(Mixer):
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool, grid: Grid | None
     ) -> Tensor:
         rows, columns, prefix = self.layout(x.shape[1], grid)
-        q, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.v))
-        q = self.q_norm(q) * self.head_dim**-0.25
-        q, v = _check.cleared(mask, q, v)  # (B, H, N, D); the biases fill masked tokens anew
-        landmarks = self.landmarks(q[:, :, prefix:], rows, columns)
-        y = soft(
-            q.to(landmarks.dtype),
-            v.to(landmarks.dtype),
-            landmarks,
-            inverse=self.inverse,
-            iterations=self.iterations,
-            mask=mask,
-            batchwise=self.batchwise,
-        ).to(v.dtype)
+        q, v = self.heads(x, mask)
+        y = self.attend(q, v, self.landmarks(q[:, :, prefix:], rows, columns), mask)
         y = y.transpose(1, 2)  # (B, N, H, D)
         if self.conv is not None:
             # Tokens are an image with its channels last: nothing is moved, and a depth-wise convolution takes
@@ -126,6 +116,38 @@ class SOFT(Mixer):
             image = image.flatten(1, 2).unflatten(-1, (self.num_heads, -1))  # (B, P, H, D)
             y = y + F.pad(image, (0, 0, 0, 0, prefix, 0))
         return y.flatten(2)
+
+    def heads(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q, v (B, H, N, D), zeros in masked tokens, which the biases fill."""
+        q, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.v))
+        q, v = _check.cleared(mask, self.q_norm(q) * self.head_dim**-0.25, v)
+        return q, v
+
+    def attend(self, q: Tensor, v: Tensor, landmarks: Tensor, mask: Tensor | None) -> Tensor:
+        """P Z (P^T V)."""
+        return soft(
+            q.to(landmarks.dtype),
+            v.to(landmarks.dtype),
+            landmarks,
+            inverse=self.inverse,
+            iterations=self.iterations,
+            mask=mask,
+            batchwise=self.batchwise,
+        ).to(v.dtype)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer. A = P Z P^T, without the convolution of V."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        height, width, prefix = self.layout(x.shape[1], grid)
+        q, v = self.heads(x, mask)
+        landmarks = self.landmarks(q[:, :, prefix:], height, width)
+
+        def mix(values: Tensor) -> Tensor:
+            return self.attend(q, values, landmarks, mask)
+
+        return pulled_back(mix, v[..., :1], kept(rows, mask)[:, None, :, None]).squeeze(-1)
 
     def landmarks(self, q: Tensor, rows: int, columns: int) -> Tensor:
         """q (B, H, rows * columns, D), row-major -> (B, H, m, D) in the dtype of the parameters."""

@@ -1,6 +1,7 @@
 """Softmax attention, the baseline: timm's Attention with the arguments that all layers share."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..ops.softmax import flops, softmax
 from ._contract import Grid, Traits
-from ._parts import HeadsMixer
+from ._parts import HeadsMixer, kept, pulled_back
 
 __all__ = ["Softmax"]
 
@@ -75,6 +76,15 @@ class Softmax(HeadsMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         return softmax(q, k, v, mask=mask, causal=causal)
+
+    def map_row(
+        self, x: Tensor, query: int, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        x, _, mask = self.received(x, None, False, None, mask)
+        q, k, v = self.heads(x)
+        mix = partial(self.attend, q[:, :, query : query + 1], k, mask=mask, causal=False)
+        row = kept(x.new_ones(x.shape[0], 1), None if mask is None else mask[:, query : query + 1])
+        return pulled_back(mix, v[..., :1], row[:, None, :, None]).squeeze(-1)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: KeysValues) -> tuple[Tensor, KeysValues]:
         k = torch.cat((state.k, k[:, :, None].to(state.k.dtype)), 2)

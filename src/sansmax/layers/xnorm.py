@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import _check
 from ..ops.xnorm import XNormState, flops, xnorm, xnorm_init_state, xnorm_step
-from ._contract import Traits
-from ._parts import HeadsMixer, state_dtype
+from ..ops.xnorm._norms import row_scale
+from ._contract import Grid, Traits
+from ._parts import HeadsMixer, kept, state_dtype
 
 __all__ = ["XNorm"]
 
@@ -53,6 +55,20 @@ class XNorm(HeadsMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         return xnorm(q, k, v, self.gamma, mask=mask, causal=causal, eps=self.eps)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer. A[n, m] = gamma^2 (unit q_n . k_m) times the mean over the value channels e of
+        1 / ||column e of K^T V||: each channel has a map of its own, and they differ by that factor."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        q, k, v = (t.double() for t in self.heads(x))  # squares of K^T V leave float32
+        k, v = _check.cleared(mask, k, v)
+        norms = torch.linalg.vector_norm(k.mT @ v, dim=-2, keepdim=True).clamp(min=self.eps)
+        q = q * row_scale(q, self.gamma, self.eps)
+        rows = kept(rows, mask)[:, None, None].double()
+        found = (rows @ q @ k.mT).squeeze(-2) * norms.reciprocal().mean(-1)
+        return found.to(torch.promote_types(x.dtype, torch.float32))
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: XNormState) -> tuple[Tensor, XNormState]:
         return xnorm_step(q, k, v, state, self.gamma, eps=self.eps)

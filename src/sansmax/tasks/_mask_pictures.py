@@ -24,6 +24,12 @@ def palette() -> np.ndarray:
     return colours
 
 
+def over(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Colours (height, width, 3) over an image without its own, of which two fifths are seen."""
+    grey = image.mean(-1, keepdims=True)
+    return (0.6 * colours + 0.4 * grey).astype(np.uint8)
+
+
 def class_bars(names: Sequence[str], shares: Sequence[float]) -> Image.Image:
     """A bar for every class, from the largest share to the smallest; NaN at the end without one."""
     ranked = sorted(range(len(names)), key=lambda i: -shares[i] if shares[i] == shares[i] else 2.0)
@@ -57,7 +63,8 @@ def class_bars(names: Sequence[str], shares: Sequence[float]) -> Image.Image:
 def beside(
     shown: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, float]], names: Sequence[str]
 ) -> Image.Image:
-    """A row for every (image, truth, prediction, share of right pixels), and what the colours mean."""
+    """A row for every (image, truth, prediction, share of right pixels), the classes over the image, and what
+    the colours mean."""
     colours = palette()
     colours[255] = 255
     height, width = shown[0][0].shape[:2]
@@ -67,7 +74,8 @@ def beside(
     )
     axes = figure.subplots(len(shown), 3, squeeze=False)
     for row, (image, truth, found, _) in zip(axes, shown, strict=True):
-        for axis, pixels in zip(row, (image, colours[truth], colours[found]), strict=True):
+        laid = (over(image, colours[values]) for values in (truth, found))
+        for axis, pixels in zip(row, (image, *laid), strict=True):
             axis.imshow(pixels, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
