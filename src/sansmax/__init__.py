@@ -29,6 +29,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
     from sansmax import layers, maps, models
+    from sansmax.adapt.swap import swap
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
 
@@ -62,17 +63,26 @@ __all__ = [
     "sima_step",
     "soft",
     "softmax",
+    "swap",
     "xnorm",
     "xnorm_init_state",
     "xnorm_step",
 ]
 
 
+_ELSEWHERE = {
+    "attention_map": "maps",
+    "attention_rollout": "maps",
+    "create_model": "models",
+    "load_published": "models",
+    "optimize_for_inference": "models",
+    "swap": "adapt.swap",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name in ("layers", "maps", "models"):
         return import_module(f"sansmax.{name}")
-    if name in ("attention_map", "attention_rollout"):
-        return getattr(import_module("sansmax.maps"), name)
-    if name in ("create_model", "load_published", "optimize_for_inference"):
-        return getattr(import_module("sansmax.models"), name)
+    if name in _ELSEWHERE:
+        return getattr(import_module(f"sansmax.{_ELSEWHERE[name]}"), name)
     raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Networks that somebody has already trained: another attention in them."""
