@@ -1,5 +1,6 @@
 """Another attention in a network that exists, with the weights that both have."""
 
+import copy
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,15 +55,21 @@ class Report:
     left: list[str] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     _model: Any = None
-    _classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+    _classes: list[tuple[nn.Module, type, type]] = field(default_factory=list)
 
     def undo(self) -> nn.Module:
         """Puts the old layers back, with the weights that they had; the network."""
+        return self._put("before")
+
+    def redo(self) -> nn.Module:
+        """Puts the new layers in again, with the weights that they have by now; the network."""
+        return self._put("after")
+
+    def _put(self, which: str) -> nn.Module:
         for one in self.swapped:
-            self._model.set_submodule(one.name, one.before)
-        for module, kind in self._classes:
-            module.__class__ = kind
-        self.swapped, self._classes = [], []
+            self._model.set_submodule(one.name, getattr(one, which))
+        for module, old, new in self._classes:
+            module.__class__ = old if which == "before" else new
         return self._model
 
     def __str__(self) -> str:
@@ -128,11 +135,8 @@ def swap(
             f"{reasons}; choose another network or mechanism"
         )
     report.swapped = made
-    for one in made:
-        model.set_submodule(one.name, one.after)
-    if layer.traits.needs and made:
-        report._classes = _tell_grids(model)
-    return model, report
+    report._classes = _grid_tellers(model) if layer.traits.needs and made else []
+    return report.redo(), report
 
 
 class _Unfit(Exception):
@@ -191,7 +195,7 @@ def _replacement(
         **options,
     )
     if isinstance(after, Turning):
-        after.rotary, after.gate = source.rotary, source.gate
+        after.rotary, after.gate = source.rotary, copy.deepcopy(source.gate)
     if layer.traits.needs:
         after.set_input(*_grid(model, name))
         after.reset_parameters()
@@ -203,14 +207,15 @@ def _replacement(
 
 def _copied(source: Source, after: Mixer) -> list[str]:
     """Names of the parameters that were filled."""
-    own, state = source.module, dict(after.named_parameters())
+    own = source.module
     for key in ("q_norm", "k_norm", "norm"):
         given = getattr(own, key, nn.Identity())
         if isinstance(given, nn.Identity):
             continue
         if key != "norm" and key not in after.head_norms:
             continue
-        setattr(after, key, given)
+        setattr(after, key, copy.deepcopy(given))
+    state = dict(after.named_parameters())
     rows = {"q": 0, "k": 1, "v": 2}
     parts = source.weight.chunk(3), source.bias.chunk(3) if source.bias is not None else (None,) * 3
     values: dict[str, Tensor | None] = {
@@ -228,8 +233,8 @@ def _copied(source: Source, after: Mixer) -> list[str]:
             if value is not None and key in state and state[key].shape == value.shape:
                 state[key].copy_(value)
                 copied.append(key)
-    shared = dict(own.named_parameters())
-    return copied + [k for k, p in after.named_parameters() if any(p is q for q in shared.values())]
+    whole = tuple(f"{key}." for key in ("q_norm", "k_norm", "norm", "gate"))
+    return copied + [key for key in state if key.startswith(whole)]
 
 
 def _grid(model: nn.Module, name: str) -> tuple[Grid, int]:
@@ -243,14 +248,14 @@ def _grid(model: nn.Module, name: str) -> tuple[Grid, int]:
     raise _Unfit("it needs a grid of tokens, and the network around it tells none (patch_embed.grid_size)")
 
 
-def _tell_grids(model: nn.Module) -> list[tuple[nn.Module, type]]:
-    """Lets timm's vision transformers tell their layers the grid of every image; what they were before."""
-    changed: list[tuple[nn.Module, type]] = []
+def _grid_tellers(model: nn.Module) -> list[tuple[nn.Module, type, type]]:
+    """timm's vision transformers and their blocks, what they are, and what tells their layers the grid of
+    every image."""
+    changed: list[tuple[nn.Module, type, type]] = []
     for module in model.modules():
         if type(module) is VisionTransformer and all(type(block) is Block for block in module.blocks):
-            for part, kind in ((module, ViT), *((block, GridBlock) for block in module.blocks)):
-                changed.append((part, type(part)))
-                part.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
+            changed.append((module, VisionTransformer, ViT))
+            changed += [(block, Block, GridBlock) for block in module.blocks]
     return changed
 
 
