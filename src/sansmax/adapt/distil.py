@@ -14,7 +14,7 @@ from .swap import Report, Swapped
 
 __all__ = ["LayerError", "layer_errors", "recover_layers"]
 
-RIDGE = 1e-6  # of the mean of the diagonal, in the normal equations of `proj`
+RIDGE = 1e-9  # of normal equations whose diagonal is 1
 
 
 @dataclass
