@@ -9,6 +9,7 @@ from PIL import Image
 
 import sansmax
 from sansmax import layers, maps
+from sansmax.cli import main
 
 GRID = (3, 5)
 NAMES = list(layers.mechanisms())
@@ -226,6 +227,27 @@ def test_refusals_of_networks():
         sansmax.attention_map(net("sima", class_token=False), image)
     with pytest.raises(ValueError, match="expected a network that calls layers of sansmax, got Conv2d"):
         sansmax.attention_map(torch.nn.Conv2d(3, 4, 1).double(), image, (0, 0))
+
+
+def test_the_command_writes_a_picture_or_says_why_not(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(sansmax.create_model("sima_nano_12_p16").state_dict(), tmp_path / "own.safetensors")
+    what, out = f"sima_nano_12_p16={tmp_path / 'own.safetensors'}", tmp_path / "new" / "map.png"
+    Image.linear_gradient("L").save(tmp_path / "image.png")
+    (tmp_path / "text.png").write_text("no picture")
+    words = ["map", what, str(tmp_path / "image.png"), "--img-size", "48", "--out", str(out)]
+    assert main([*words, "--side", "96"]) == 0
+    with Image.open(out) as made:
+        assert made.size == (96, 96)
+        assert made.getpixel((32, 32)) == (0, 255, 0)  # the middle of 3 x 3 tokens
+    assert "map of row 1, column 1 over 3 x 3 tokens" in capsys.readouterr().out
+    assert main([*words, "--query", "2", "0", "--rollout", "--layer", "blocks.5.attn"]) == 0
+    assert "rollout of row 2, column 0" in capsys.readouterr().out
+    words[2] = str(tmp_path / "text.png")
+    assert main(words) == 2
+    assert "image: expected a picture that can be read" in capsys.readouterr().err
 
 
 def test_overlays_frame_the_query_and_colour_the_largest_weights():

@@ -165,7 +165,8 @@ def _layers_run(model: nn.Module, image: Tensor) -> list[Seen]:
         why = "its trunk calls their parts one by one" if names else "it has none"
         raise ValueError(
             f"attention_map: expected a network that calls layers of sansmax, got {type(model).__name__}: "
-            f"{why}; build one with sansmax.create_model"
+            f"{why}; build one with sansmax.create_model, or, for timm's own attention, call "
+            "sansmax.swap(model, 'softmax')"
         )
     return found
 
