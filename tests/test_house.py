@@ -14,9 +14,13 @@ from sansmax import _find
 SOURCE = Path(sansmax.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# Each floor may import the floors that stand before it; adapt, bench and export stand beside tasks.
+# Each floor may import the floors that stand before it; adapt, bench, audit and export stand beside tasks.
 FLOORS = ["ops", "layers", "models", "tasks", "train", "recipes", "cli"]
-BESIDE = {"bench": {"ops", "layers", "models", "tasks"}, "adapt": {"ops", "layers", "models", "tasks"}}
+BESIDE = {
+    "bench": {"ops", "layers", "models", "tasks"},
+    "adapt": {"ops", "layers", "models", "tasks"},
+    "audit": {"ops", "layers", "models"},
+}
 ALLOWED = {floor: set(FLOORS[: i + 1]) | (set(BESIDE) if i > 3 else set()) for i, floor in enumerate(FLOORS)}
 ALLOWED |= {name: allowed | {name} for name, allowed in BESIDE.items()}
 

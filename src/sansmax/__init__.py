@@ -29,6 +29,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
     from sansmax import layers, models
+    from sansmax.audit import audit
     from sansmax.models import create_model, load_published, optimize_for_inference
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "aft_simple",
     "aft_simple_init_state",
     "aft_simple_step",
+    "audit",
     "create_model",
     "external",
     "layers",
@@ -65,7 +67,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("layers", "models"):
+    if name in ("audit", "layers", "models"):
         return import_module(f"sansmax.{name}")
     if name in ("create_model", "load_published", "optimize_for_inference"):
         return getattr(import_module("sansmax.models"), name)

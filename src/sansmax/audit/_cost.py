@@ -14,7 +14,7 @@ from ._subject import Refused, Subject
 
 __all__ = ["flops_of", "growth", "largest_tensor", "many_tokens"]
 
-LIMIT = 2**28  # bytes of one tensor
+LIMIT = 2**27  # bytes of one tensor
 MANY = 4096
 
 

@@ -71,7 +71,7 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "aft_simple": HEADS,
     "aft_full": {**HEADS, **TABLE},
     "aft_local": {**HEADS, **TABLE},
-    "aft_conv": {**HEADS, "w": ("w", "weight", "kernel"), "gamma": ("gamma",), "beta": ("beta",)},
+    "aft_conv": {**HEADS, "w": ("w", "kernel"), "gamma": ("gamma",), "beta": ("beta",)},
 }
 
 
@@ -138,7 +138,7 @@ def _renamed(mechanism: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     roles = ROLES.get(mechanism, {})
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = _ours(key, roles)
+        name = _ours(key, roles, state)
         if name in found:
             raise Unmapped(f"two parameters could be {name}, {key} is one")
         leaf = key.rpartition(".")[2]
@@ -155,12 +155,17 @@ def _renamed(mechanism: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _ours(key: str, roles: Mapping[str, tuple[str, ...]]) -> str:
+def _ours(key: str, roles: Mapping[str, tuple[str, ...]], state: Mapping[str, Tensor]) -> str:
+    if key.split(".")[0] in roles:
+        return key
     for ours, names in roles.items():
         for name in names:
-            if re.fullmatch(rf"(.+\.)?{re.escape(name)}", key, re.IGNORECASE):
+            own = re.escape(name)
+            match = re.fullmatch(rf"(.+\.)?{own}", key, re.IGNORECASE)
+            # A linear layer's bias is no table.
+            if match and not (name == "bias" and f"{match[1] or ''}weight" in state):
                 return ours
-            if match := re.fullmatch(rf"(.+\.)?{re.escape(name)}[._](\w+)", key, re.IGNORECASE):
+            if match := re.fullmatch(rf"(.+\.)?{own}(?:\.|_(?=weight|bias))(\w+)", key, re.IGNORECASE):
                 return f"{ours}.{match[2]}"
     return key
 
