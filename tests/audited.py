@@ -24,7 +24,10 @@ class SimA(nn.Module):
         if self.defect == "view":
             x = x.view(batch * tokens, dim).view(batch, tokens, dim)
         qkv = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dtype, qkv = qkv.dtype, qkv if self.defect == "half sums" else qkv.to(torch.promote_types(qkv.dtype, torch.float))
+        dtype, qkv = (
+            qkv.dtype,
+            qkv if self.defect == "half sums" else qkv.to(torch.promote_types(qkv.dtype, torch.float)),
+        )
         if mask is not None and self.defect != "mask unused":
             qkv = qkv.masked_fill(~mask[:, None, :, None], 0)
         q, k, v = qkv

@@ -4,11 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import audited
 import pytest
 import torch
 from torch import nn
 
+import audited
 import sansmax
 from sansmax import cli, layers
 from sansmax.audit import checks
@@ -197,14 +197,14 @@ def test_the_size_of_the_output_by_the_number_of_tokens():
 def test_what_cannot_be_mapped_is_not_checked_and_says_why():
     for mechanism, factory, missing in (
         ("xnorm", audited.External, "mk.weight has no counterpart"),
-        ("aft_local", audited.AFT, "window"),
+        ("aft_local", audited.AFT, "window is not known; give it as JSON with --reference"),
         ("sima", audited.AFT, "wbias has no counterpart"),
     ):
         found = verdicts(factory, ["equation"], mechanism=mechanism)["equation"]
-        if missing == "window":
-            continue
         assert found.passed is None
         assert missing in found.reason
+    words = {"reference": {"window": 0}, "mechanism": "aft_local"}
+    assert verdicts(audited.AFT, ["equation"], **words)["equation"].passed is False
     found = verdicts(audited.SimA, ["equation"])["equation"]
     assert (found.passed, found.reason) == (None, "not checked: no --mechanism")
 
@@ -229,7 +229,7 @@ def test_the_module_itself_stays():
     module = audited.SimA(DIM)
     before = {key: t.clone() for key, t in module.state_dict().items()}
     state = torch.get_rng_state()
-    sansmax.audit(module, only=["gradients", "precision"], tokens=TOKENS)
+    sansmax.audit(module, dim=DIM, only=["gradients", "precision"], tokens=TOKENS)
     assert all(torch.equal(t, before[key]) for key, t in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in module.parameters())
@@ -270,7 +270,10 @@ def test_the_command_prints_writes_and_exits(tmp_path, capsys):
         ([f"{FILE}:SimA", "--init", '{"dim": 20}', "--only", "batches"], "did you mean 'batch'?"),
         ([f"{FILE}:SimA", "--init", '{"dim": 20}', "--mechanism", "sina"], "did you mean 'sima'?"),
         ([f"{FILE}:SimA", "--init", '{"dim": 20}', "--tokens", "2"], "tokens: expected at least 3"),
-        ([f"{FILE}:SimA", "--init", '{"dim": 20}', "--out", "a.txt"], "out: expected a file that ends in .json"),
+        (
+            [f"{FILE}:SimA", "--init", '{"dim": 20}', "--out", "a.txt"],
+            "out: expected a file that ends in .json",
+        ),
         ([f"{FILE}:SimA", "--init", '{"dim": 20}', "--only", "equation"], "expected a check that applies"),
         (["torch.nn:ReLU"], "dim: expected the input's width under a usual name"),
     ],
@@ -287,4 +290,6 @@ def test_the_package_is_also_the_function():
     import sansmax.audit as package
 
     assert callable(package)
-    assert math.isfinite(package(audited.External, init={"d_model": DIM}, only=["batch"])[0].numbers["change"])
+    assert math.isfinite(
+        package(audited.External, init={"d_model": DIM}, only=["batch"])[0].numbers["change"]
+    )

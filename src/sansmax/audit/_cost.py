@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,7 +54,7 @@ def growth(counts: list[int]) -> float:
 
 
 def many_tokens(subject: Subject) -> int:
-    """MANY tokens, or fewer where the module refuses them or one tensor would pass LIMIT; 0: no more than now."""
+    """MANY tokens, or fewer where they are refused or one tensor would pass LIMIT; 0: no more than now."""
     n = subject.settings.tokens
     module = subject.module()
     try:

@@ -14,7 +14,7 @@ __all__ = ["load", "maker", "sentence", "signature"]
 
 
 def load(target: str) -> Callable[..., nn.Module]:
-    """The class or function that `target` names; the folder of a file, or this one, is searched for its imports.
+    """What `target` names; the folder of a file, or this one, is searched for its imports.
 
     Raises:
         ValueError: it cannot be imported, or is neither a class of modules nor a function.
@@ -37,7 +37,7 @@ def load(target: str) -> Callable[..., nn.Module]:
             ) from None
     if inspect.isclass(found) and not _is_module_class(found):
         raise ValueError(
-            f"module: expected a subclass of torch.nn.Module, got {target}, which is none; name the layer itself"
+            f"module: expected a subclass of torch.nn.Module, got {target}, which is none; name the layer"
         )
     if not callable(found):
         raise ValueError(

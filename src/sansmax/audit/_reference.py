@@ -29,7 +29,20 @@ TRIO = {
 TRIO["k"] += ("keys",)
 TRIO["v"] += ("values",)
 PROJ = (
-    *("proj", "to_out", "to_out.0", "out_proj", "out", "ff", "fc_o", "o_proj", "w_o", "wo", "output", "project"),
+    *(
+        "proj",
+        "to_out",
+        "to_out.0",
+        "out_proj",
+        "out",
+        "ff",
+        "fc_o",
+        "o_proj",
+        "w_o",
+        "wo",
+        "output",
+        "project",
+    ),
     *("fc_out", "c_proj", "proj_out", "linear_out", "out_linear", "conv2.0"),
 )
 HEADS = {
@@ -210,6 +223,8 @@ def _words(subject: Subject, mechanism: str, state: Mapping[str, Tensor]) -> dic
         case "soft" | "soft_norm":
             if "landmark.weight" in state and (stride := state["landmark.weight"].shape[-1]) > 1:
                 words["ratio"] = stride
+            else:
+                words["landmarks"] = _told(subject, "landmarks", "num_landmarks")
             words["conv_size"] = state["conv.weight"].shape[-1] if "conv.weight" in state else None
         case "aft_full" | "aft_local":
             table = state.get("bias", state.get("bias_u"))
@@ -218,9 +233,8 @@ def _words(subject: Subject, mechanism: str, state: Mapping[str, Tensor]) -> dic
                     "max_tokens": len(table),
                     "factor_dim": None if "bias" in state else table.shape[1],
                 }
-            window = next((n for n in ("window", "window_size", "local_window_size", "s") if n in subject.words), "")
-            if mechanism == "aft_local" and window:
-                words["window"] = subject.words[window]
+            if mechanism == "aft_local":
+                words["window"] = _told(subject, "window", "window_size", "local_window_size", "s")
         case "aft_conv" if "w" in state:
             words |= {
                 "kernel_size": state["w"].shape[-1],
@@ -230,3 +244,12 @@ def _words(subject: Subject, mechanism: str, state: Mapping[str, Tensor]) -> dic
     if "memory_k" in state:
         words["memory"] = len(state["memory_k"])
     return words
+
+
+def _told(subject: Subject, *names: str) -> Any:
+    """A constructor's word under one of `names`, or the first of them in `reference`."""
+    for words, known in ((subject.settings.reference, names[:1]), (subject.words, names)):
+        for name in known:
+            if name in words:
+                return words[name]
+    raise Unmapped(f"{names[0]} is not known; give it as JSON with --reference")

@@ -17,7 +17,17 @@ __all__ = ["Layout", "Refused", "Settings", "Subject", "distance"]
 Layout = Literal["auto", "bnc", "nbc", "bchw", "bhnd"]
 
 WIDTHS = (
-    *("dim", "embed_dim", "d_model", "in_channels", "channels", "hidden_size", "hidden_dim", "dim_in", "in_dim"),
+    *(
+        "dim",
+        "embed_dim",
+        "d_model",
+        "in_channels",
+        "channels",
+        "hidden_size",
+        "hidden_dim",
+        "dim_in",
+        "in_dim",
+    ),
     *("in_features", "model_dim", "embed_dims", "in_planes", "inplanes", "width", "n_embd", "dim_model", "c"),
 )
 HEADS = ("num_heads", "heads", "n_heads", "nhead", "n_head", "num_attention_heads", "h")
@@ -56,9 +66,7 @@ class Subject:
         ValueError: forward needs more than tokens, or does not take the first input.
     """
 
-    def __init__(
-        self, make: Callable[[], nn.Module], words: Mapping[str, Any], settings: Settings
-    ) -> None:
+    def __init__(self, make: Callable[[], nn.Module], words: Mapping[str, Any], settings: Settings) -> None:
         self._make, self.settings = make, settings
         module = self._made()
         self.kind = type(module).__name__
@@ -67,12 +75,13 @@ class Subject:
         if self.layout == "auto":
             self.layout = "nbc" if getattr(module, "batch_first", True) is False else "bnc"
         self.heads = self._number(module, HEADS) or 1
-        self.dim = settings.dim or self._number(module, WIDTHS)
-        if not self.dim:
+        dim = settings.dim or self._number(module, WIDTHS)
+        if not dim:
             raise ValueError(
                 f"dim: expected the input's width under a usual name ({', '.join(WIDTHS[:4])}), got "
                 f"{dict(words)}; give --dim"
             )
+        self.dim = dim
         if self.layout == "bhnd" and self.dim % self.heads:
             raise ValueError(f"dim: expected a multiple of {self.heads} heads, got {self.dim}; give --dim")
         self.parameters = _forward_parameters(module)
@@ -120,7 +129,9 @@ class Subject:
                 parameter.data.zero_()
         return module
 
-    def input(self, batch: int = 3, tokens: int | None = None, *, seed: int = 0, scale: float = 1.0) -> Tensor:
+    def input(
+        self, batch: int = 3, tokens: int | None = None, *, seed: int = 0, scale: float = 1.0
+    ) -> Tensor:
         """Normal tokens (B, N, W) in the exact dtype."""
         generator = torch.Generator().manual_seed(self.settings.seed + 100 + seed)
         shape = batch, tokens or self.settings.tokens, self.width
@@ -173,6 +184,8 @@ class Subject:
 
     def named(self, tokens: int) -> dict[str, Any]:
         """What else forward is told of so many tokens: their grid."""
+        if not (self._rows or self._columns or self._grids):
+            return {}  # the number is a symbol while a graph is made
         rows, columns = grid_of(tokens)
         found: dict[str, Any] = dict.fromkeys(self._rows, rows) | dict.fromkeys(self._columns, columns)
         return found | dict.fromkeys(self._grids, (rows, columns))
@@ -277,8 +290,13 @@ def copied(module: nn.Module) -> Callable[[], nn.Module]:
 
 
 def _defaults(kind: type[nn.Module]) -> dict[str, Any]:
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    """What its constructor and its bases' take without being told."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return found
 
 
 def _forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

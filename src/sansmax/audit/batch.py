@@ -17,7 +17,9 @@ def check(subject: Subject) -> Verdict:
     errors = []
     for i in range(len(x)):
         alone = subject.value(module, x[i : i + 1])
-        both_nan = not alone.isfinite().all() and torch.equal(alone.isfinite(), together[i : i + 1].isfinite())
+        both_nan = not alone.isfinite().all() and torch.equal(
+            alone.isfinite(), together[i : i + 1].isfinite()
+        )
         errors.append(0.0 if both_nan else distance(together[i : i + 1], alone))
     worst = max(errors)
     passed = worst <= subject.tolerance

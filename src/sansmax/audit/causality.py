@@ -11,7 +11,7 @@ from ._verdict import Verdict
 
 
 def check(subject: Subject) -> Verdict:
-    """From each of several tokens on everything is replaced: by other tokens, and by others 300 times as large.
+    """From each of several tokens on all are replaced: by others, and by others 300 times as large.
 
     Told are the largest change of an earlier output, which token made it, and where.
     """

@@ -1,5 +1,7 @@
 """torch.compile in one graph, and again after a change of length."""
 
+from typing import Any
+
 import torch
 
 from ._load import sentence
@@ -8,10 +10,10 @@ from ._verdict import Verdict
 
 
 def check(subject: Subject) -> Verdict:
-    """fullgraph=True with the backend "eager": what is asked is whether it can be traced, whatever compiles it."""
+    """fullgraph=True with the backend "eager": asked is whether it can be traced, at N and 2 N tokens."""
     module = subject.module()
     n = subject.settings.tokens
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
     errors: dict[str, float] = {}
     torch.compiler.reset()
     for tokens in (n, 2 * n):

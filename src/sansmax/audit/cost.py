@@ -28,13 +28,17 @@ def check(subject: Subject) -> Verdict:
         return Verdict("cost", None, numbers, f"told, not judged: {words}")
     try:
         layer: nn.Module = plain_reference(subject)
-        expected = _counted(lambda x: layer(x, is_causal=subject.claims_causal, grid=grid_of(x.shape[1])), subject, numbers["tokens"])
+        expected = _counted(
+            lambda x: layer(x, is_causal=subject.claims_causal, grid=grid_of(x.shape[1])),
+            subject,
+            numbers["tokens"],
+        )
     except (ValueError, TypeError) as error:
         return Verdict("cost", None, numbers, f"told, not judged: {words}; {error}")
     numbers["expected"] = {key: expected[key] for key in KINDS}
     # A map that is written out costs no more than its FLOPs do.
-    allowed = max(1.0, expected["flops_growth"], expected["memory_growth"]) + 0.1
-    over = [what for key, what in KINDS.items() if numbers[key] > allowed]
+    power = math.ceil(max(1.0, expected["flops_growth"], expected["memory_growth"]) - 0.1)
+    over = [what for key, what in KINDS.items() if numbers[key] > power + 0.1]
     reason = f"{words}; {mechanism} has fewer: {', '.join(over)}" if over else words
     return Verdict("cost", not over, numbers, reason)
 

@@ -13,7 +13,7 @@ def check(subject: Subject) -> Verdict:
     n = subject.settings.tokens
     x = subject.input(2)
     call = _Tokens(subject, module)
-    dynamic, why = False, "its grid is fixed with the graph"
+    dynamic, error, why = False, 0.0, "its grid is fixed with the graph"
     if not subject.needs_grid:
         try:
             lengths = {"x": {1: torch.export.Dim("tokens", min=3, max=8 * n)}}

@@ -12,7 +12,15 @@ from ._reference import layers
 from ._subject import Refused, Subject, distance
 from ._verdict import Verdict
 
-ARGUMENTS = ("key_padding_mask", "padding_mask", "mask", "attention_mask", "attn_mask", "key_mask", "pad_mask")
+ARGUMENTS = (
+    "key_padding_mask",
+    "padding_mask",
+    "mask",
+    "attention_mask",
+    "attn_mask",
+    "key_mask",
+    "pad_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,9 @@ def check(subject: Subject) -> Verdict:
     words = form.words(keep, x)
     numbers: dict[str, Any] = {"content": content, "mask": form.told()}
     gradients = [_gradients(subject, module, t, keep, words) for t in (x, padded)]
-    numbers["input_gradient"] = max(g[0][~keep].abs().nan_to_num(nan=math.inf).max().item() for g in gradients)
+    numbers["input_gradient"] = max(
+        g[0][~keep].abs().nan_to_num(nan=math.inf).max().item() for g in gradients
+    )
     numbers["parameter_gradient"] = distance(gradients[1][1], gradients[0][1])
     if not _on_grid(subject):
         numbers["unpadded"] = _against_unpadded(subject, module, padded, lengths, words)

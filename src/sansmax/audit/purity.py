@@ -21,7 +21,9 @@ def check(subject: Subject) -> Verdict:
     with torch.no_grad():
         subject.run(module, given)
     after = _state(module)
-    changed = sorted(key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key)))
+    changed = sorted(
+        key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))
+    )
     if not all(map(torch.equal, kept, given)):
         changed.append("the input")
     reason = f"a call in evaluation changes {', '.join(changed)}" if changed else ""

@@ -48,7 +48,7 @@ def main(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .. import audit
+    from ..audit import checks, verdicts
     from ..audit._load import load
 
     if out is not None and out.suffix != ".json":
@@ -69,8 +69,8 @@ def main(
     found = []
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checks", total=len(only) or len(audit.checks()))
-        for verdict in audit.verdicts(load(module), **words, **settings):
+        task = progress.add_task("checks", total=len(only) or len(checks()))
+        for verdict in verdicts(load(module), **words, **settings):
             found.append(verdict)
             progress.advance(task)
     _print(console, found)
@@ -78,8 +78,8 @@ def main(
         _write(out, module, words | settings, found)
     if not any(verdict.passed is not None for verdict in found):
         raise ValueError(
-            f"only: expected a check that applies to {module}, got none of {', '.join(v.name for v in found)}; "
-            f"the table tells why"
+            f"only: expected a check that applies to {module}, got "
+            f"{', '.join(v.name for v in found)}; the table tells why they do not"
         )
     return int(any(verdict.passed is False for verdict in found))
 
@@ -91,7 +91,7 @@ def _object(name: str, text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise ValueError(
-            f"""{name}: expected a JSON object, got {text!r}; write it like '{{"dim": 64}}', in single quotes"""
+            f"""{name}: expected a JSON object, got {text!r}; write it as '{{"dim": 64}}', in quotes"""
         )
     return value
 
