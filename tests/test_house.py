@@ -14,9 +14,9 @@ from sansmax import _find
 SOURCE = Path(sansmax.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# Each floor may import the floors that stand before it; adapt, bench and export stand beside tasks.
+# Each floor may import the floors that stand before it; adapt, bench, audit and export stand beside tasks.
 FLOORS = ["ops", "layers", "models", "tasks", "train", "recipes", "cli"]
-BESIDE = {name: {"ops", "layers", "models", "tasks"} for name in ("adapt", "bench", "maps")}
+BESIDE = {name: {"ops", "layers", "models", "tasks"} for name in ("adapt", "audit", "bench", "maps")}
 ALLOWED = {floor: set(FLOORS[: i + 1]) | (set(BESIDE) if i > 3 else set()) for i, floor in enumerate(FLOORS)}
 ALLOWED |= {name: allowed | {name} for name, allowed in BESIDE.items()}
 

@@ -30,6 +30,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 if TYPE_CHECKING:
     from sansmax import layers, maps, models
     from sansmax.adapt.swap import swap
+    from sansmax.audit import audit
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
 
@@ -50,6 +51,7 @@ __all__ = [
     "aft_simple_step",
     "attention_map",
     "attention_rollout",
+    "audit",
     "create_model",
     "external",
     "layers",
@@ -81,7 +83,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("layers", "maps", "models"):
+    if name in ("audit", "layers", "maps", "models"):
         return import_module(f"sansmax.{name}")
     if name in _ELSEWHERE:
         return getattr(import_module(f"sansmax.{_ELSEWHERE[name]}"), name)
