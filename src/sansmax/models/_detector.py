@@ -43,15 +43,16 @@ class Detector(nn.Module):
 
     RetinaNet: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 4: C3 to C5 under an
     FPN, P6 a 3x3 convolution of stride 2 of C5, P7 of relu(P6), so strides 8 to 128; three sizes and three
-    ratios of anchors at a position. Faster and Mask R-CNN: He et al., "Mask R-CNN", ICCV 2017, section 3.1: C2
-    to C5, P6 every second position of P5, so strides 4 to 64; one size and three ratios.
+    ratios of anchors at a position. Faster and Mask R-CNN: He et al., "Mask R-CNN", ICCV 2017, section 3.1:
+    C2 to C5, P6 every second position of P5, so strides 4 to 64; one size and three ratios.
 
-    Images of one size, rounded up to multiples of 32, go through the whole network together and cut to it,
-    padded at the right and below by 0, an image alone likewise: what else is in its batch changes nothing that
-    is found in an image. In training the losses of these groups are averaged, weighted by their images; what
-    the published losses divide by the samples of a batch is divided by those of a group, and so are batch
-    norms that learn. Where several processes share those (nn.SyncBatchNorm), which all must compute equally
-    often, a training batch is one group, padded to its largest image.
+    Images whose sides, rounded up to multiples of 32, are the same are a group: they go through the whole
+    network together, padded to these sides at the right and below by 0. So does an image alone, and nothing
+    else that is in its batch changes what is found in it. In training the losses of the groups are averaged,
+    weighted by their images: where a published loss is divided by the boxes or anchors of a batch, it is by
+    those of a group, and batch norms that learn see a group at a time. Where several processes share such
+    norms (nn.SyncBatchNorm), for which all must compute equally often, a training batch is one group, padded
+    to its largest image.
 
     Args:
         detector: retinanet, faster_rcnn or mask_rcnn.
@@ -61,7 +62,8 @@ class Detector(nn.Module):
             i.e. the last layer of the backbone" (an author of External Attention; width and norm are not
             told: here all its channels, and the block of EANet).
         num_classes: without the background.
-        anchor_sizes: side of the anchors of every level in pixels; RetinaNet also has 2^(1/3) and 2^(2/3) of it.
+        anchor_sizes: side of the anchors of every level in pixels; RetinaNet has 2^(1/3) and 2^(2/3) times it
+            too.
         fpn_channels: of the pyramid, and of RetinaNet's and the mask head's convolutions.
         head_channels: of the two linear layers of the R-CNNs' box head.
         freeze_norm: whether the backbone's batch norms stay as they are, statistics and weights.
@@ -184,7 +186,7 @@ class Detector(nn.Module):
 
 
 class Backbone(nn.Module):
-    """image -> features of `strides` -> an attention on the last, where a network without attention is given a
+    """image -> features of `strides` -> an attention on the last, where a network without one is given a
     mechanism -> feature pyramid of LEVELS maps, float32: {"0": (B, C, rows, columns), ...}."""
 
     def __init__(

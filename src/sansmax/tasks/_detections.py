@@ -70,10 +70,9 @@ def found_in(output: dict[str, Tensor], seen: tuple[int, int], size: tuple[int, 
 def to_rows(position: int, found: Found) -> Tensor:
     """Of an image float64 (rows, 8), which all begin with its position.
 
-    First [position, detections, height, width, 0, 0, 0, 0]; then of every detection [position, label, score, x1,
-    y1, x2, y2, bytes of its mask's code], followed by these bytes, 42 a row, 6 a number. An image with nothing
-    found is one row. So a mask is kept exactly, in the 100 or 200 bytes that its code has on COCO: of 5,000
-    images with 100 detections each about 200 MB, where 28 x 28 probabilities were 3 GB.
+    First [position, detections, height, width, 0, 0, 0, 0]; then of every detection [position, label, score,
+    x1, y1, x2, y2, bytes of its mask's code], followed by these bytes, 42 a row, 6 a number. An image with
+    nothing found is one row. So a mask is kept exactly, as its run-length code.
     """
     size = found.masks[0]["size"] if found.masks else (0, 0)
     rows = [[position, len(found), *size, 0, 0, 0, 0]]
@@ -129,12 +128,13 @@ def ap_of(
     truths: Iterable[tuple[int, Truth, tuple[int, int]]],
     detections: Iterable[tuple[int, Found]],
     classes: int,
-    kind: str,
+    kind: Any,
 ) -> tuple[dict[str, float], list[float | None]]:
     """COCO's average precision of "bbox" or "segm" by faster-coco-eval, and that of every class.
 
     Figures are those of FIGURES: the mean over IoU 0.5 to 0.95 and over classes of which there is an object,
-    from the 100 surest detections of an image; one that has no object (none is large) is left out. Crowds neither count as missed nor do detections in them count as wrong.
+    from the 100 surest detections of an image; one that has no object (none is large) is left out. Crowds
+    neither count as missed nor do detections in them count as wrong.
 
     Args:
         truths: positions, objects and (height, width) of the images that were looked at.
@@ -156,7 +156,7 @@ def ap_of(
             if kind == "segm" and truth.masks is not None:
                 one["segmentation"] = truth.masks[i]
             objects.append(one)
-    # An object's size is told by its area, which COCO's reader of results takes from the box where there is one.
+    # The area, by which sizes are told, is the box's for COCO's reader of results where there is a box.
     other = "segmentation" if kind == "bbox" else "bbox"
     for position, found in detections:
         results += [
@@ -174,8 +174,9 @@ def ap_of(
 
 
 def agreement(truth: Truth, found: Found) -> float:
-    """F1 of an image: 2 |pairs| / (|objects| + |detections|), where the surest detection first takes the object
-    of its class that it overlaps most, by IoU 0.5 at least; 1 where there is neither. Crowds are left out."""
+    """F1 of an image: 2 |pairs| / (|objects| + |detections|), where the surest detection first takes the
+    object of its class that it overlaps most, by IoU 0.5 at least; 1 where there is neither. Crowds are left
+    out."""
     learned = ~truth.crowd
     boxes, labels = truth.boxes[learned], truth.labels[learned]
     if not len(boxes) and not len(found):

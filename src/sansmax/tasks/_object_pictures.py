@@ -20,8 +20,8 @@ LEAST = 320  # long side of a drawn image, so that names can be read
 
 
 def drawn(image: np.ndarray, found: Found | Truth, names: Sequence[str]) -> Image.Image:
-    """uint8 (height, width, 3), enlarged where it is small, with a box, a name and, of detections, the score of
-    every object, and its mask in colour where there is one. A crowd's box is dashed by its name in brackets."""
+    """uint8 (height, width, 3), enlarged where it is small, with box, name and, of a detection, score of
+    every object, and its mask in colour where there is one. The name of a crowd is in brackets."""
     height, width = image.shape[:2]
     scale = max(1, -(-LEAST // max(height, width)))
     colours = palette()
@@ -36,7 +36,7 @@ def drawn(image: np.ndarray, found: Found | Truth, names: Sequence[str]) -> Imag
     )
     for i, (box, label) in enumerate(zip(scale * found.boxes, found.labels, strict=True)):
         colour = tuple(int(value) for value in colours[label + 1])
-        words = names[label]
+        words: str = names[label]
         if isinstance(found, Found):
             words += f" {found.scores[i]:.2f}"
         elif found.crowd[i]:

@@ -22,6 +22,7 @@ from ._data.objects import name_of, open_objects
 from ._data.sources import workers
 from ._detections import FIGURES, Found, agreement, ap_of, coco_results, found_in, from_rows, to_rows
 from ._mask_pictures import class_bars
+from ._object_files import Journal
 from ._object_pictures import drawn, truth_and_found
 from ._recipes.detection import Recipe
 from ._run import at_least, shares
@@ -36,8 +37,8 @@ SURE = 0.5  # the least score that is shown
 class Detection(Task):
     """The sum of a detector's losses; COCO's mean average precision of boxes and, with mask_rcnn, of masks.
 
-    RetinaNet: focal loss (alpha 0.25, gamma 2) and L1. Faster and Mask R-CNN: cross-entropies and smooth L1 of
-    proposals and of boxes, and the cross-entropy of a mask's cells. All as torchvision has them.
+    RetinaNet: focal loss (alpha 0.25, gamma 2) and L1. Faster and Mask R-CNN: cross-entropies and smooth L1
+    of proposals and of boxes, and the cross-entropy of a mask's cells. All as torchvision has them.
     """
 
     def __init__(self, views: Views, recipe: Recipe) -> None:
@@ -172,8 +173,8 @@ def build(recipe: Recipe, classes: list[str], pretrained: bool = False) -> Detec
 
 def load_weights(model: Detector, recipe: Recipe) -> None:
     """The recipe's `weights` into a new network: a run's folder, or a file of a whole detector or of its
-    network alone (a classifier of sansmax or of the authors); pretrained: timm's weights of the network. Layers
-    for another number of classes stay as they were built.
+    network alone (a classifier of sansmax or of the authors); pretrained: timm's weights of the network.
+    Layers for another number of classes stay as they were built.
 
     Raises:
         ValueError, OSError: they are not there, or are another network's.
@@ -211,8 +212,9 @@ def predict(
     """Writes the objects of every image of SOURCE to OUT, in COCO's format of results.
 
     Each entry has image_id (the number that is the file's name, or else its path), file_name, category_id,
-    bbox (x, y, width and height in pixels) and score and, of mask_rcnn, segmentation, a run-length code. Images
-    that cannot be read are listed in OUT's name with .skipped.json.
+    bbox (x, y, width and height in pixels) and score and, of mask_rcnn, segmentation, a run-length code.
+    Images that cannot be read are listed in OUT's name with .skipped.json. The same command, given again
+    after an interruption, goes on where it stood.
 
     Args:
         source: an image, or a folder with all below it.
@@ -227,46 +229,59 @@ def predict(
         raise ValueError(f"out: expected a file that ends in .json, got {out}; rename it")
     at_least(1, batch_size=batch_size, eval_side=eval_side)
     shares({"score": score})
-    recipe: Recipe = trained.recipe
-    trained = trained.on(device)
-    files = image_files(source)
+    own: Recipe = trained.recipe
+    recipe = replace(own, eval_side=eval_side or own.eval_side).checked()
     top = source.parent if source.is_file() else source
+    files = {path.relative_to(top).as_posix(): path for path in image_files(source)}
     numbers = [int(label.partition(" ")[0]) for label in trained.classes]
     names = [name_of(label) for label in trained.classes]
-    results: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for start in range(0, len(files), batch_size):
-        some = [(path, _opened(path, skipped)) for path in files[start : start + batch_size]]
-        there = [(path, image) for path, image in some if image is not None]
-        for (path, image), found in zip(
-            there, objects_in(trained, [i for _, i in there], recipe, eval_side), strict=True
-        ):
-            name = path.relative_to(top).as_posix()
-            image_id = int(path.stem) if path.stem.isdecimal() else name
-            for one in coco_results(image_id, found.above(score), numbers):
-                results.append({"image_id": image_id, "file_name": name, **one})
-            if pictures is not None:
-                to = (pictures / name).with_suffix(".png")
-                to.parent.mkdir(parents=True, exist_ok=True)
-                drawn(image, found.above(SURE), names).save(to)
+    how = (trained.classes, recipe.evaluation_side, recipe.long_side, score, str(pictures))
+    with Journal(out, trained.mark(*how)) as journal:
+        before = len(journal.done & files.keys())
+        left = [name for name in files if name not in journal.done]
+        trained = trained.on(device)
+        for start in range(0, len(left), batch_size):
+            images: dict[str, np.ndarray] = {}
+            for name in left[start : start + batch_size]:
+                try:
+                    images[name] = _opened(files[name])
+                except (
+                    Exception
+                ) as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
+                    journal.add(name, None, reason(error, files[name]))
+            found_in_all = objects_in(trained, list(images.values()), recipe)
+            for (name, image), found in zip(images.items(), found_in_all, strict=True):
+                number = int(files[name].stem) if files[name].stem.isdecimal() else name
+                entries = coco_results(number, found.above(score), numbers)
+                if pictures is not None:
+                    to = pictures / f"{name}.png"
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    drawn(image, found.above(SURE), names).save(to)
+                journal.add(name, [{**entry, "file_name": name} for entry in entries])
+        count, skipped = journal.finish()
+    if len(skipped) == len(files):
+        raise ValueError(
+            f"source: expected an image that can be read in {source}, got none ({skipped[0]['path']}: "
+            f"{skipped[0]['reason']}); check the files"
+        )
+    told = f", {before:,} of them from before" if before else ""
+    if skipped:
+        told += f", {len(skipped):,} unreadable, listed in {out.with_suffix('.skipped.json')}"
+    print(f"{out}: {count:,} objects in {len(files) - len(skipped):,} images{told}")
 
 
-def objects_in(trained: Trained, images: list[np.ndarray], recipe: Recipe, side: int | None) -> list[Found]:
-    """Of images (height, width, 3), in their pixels."""
+def objects_in(trained: Trained, images: list[np.ndarray], recipe: Recipe) -> list[Found]:
+    """Of images uint8 (height, width, 3), in their pixels."""
     if not images:
         return []
-    sizes = [fitting(image.shape[:2], side or recipe.evaluation_side, recipe.long_side) for image in images]
+    sizes = [fitting(image.shape[:2], recipe.evaluation_side, recipe.long_side) for image in images]
     seen = [resized(image, size).to(trained.device) for image, size in zip(images, sizes, strict=True)]
     with torch.inference_mode():
         outputs = trained.model(Images(seen))
     return [found_in(o, s, i.shape[:2]) for o, s, i in zip(outputs, sizes, images, strict=True)]
 
 
-def _opened(path: Path, skipped: list[dict[str, str]]) -> np.ndarray | None:
-    try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # PIL warns of odd metadata in images that it reads well
-            return np.array(to_rgb(opened))
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-        skipped.append({"path": str(path), "reason": reason(error, path)})
-        return None
+def _opened(path: Path) -> np.ndarray:
+    with warnings.catch_warnings(), Image.open(path) as opened:
+        warnings.simplefilter("ignore")  # PIL warns of odd metadata in images that it reads well
+        return np.array(to_rgb(opened))

@@ -1,6 +1,5 @@
 """Which class every pixel of an image belongs to."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -267,7 +266,8 @@ def predict(
         window=own.window if window is None else window,
         stride=own.stride if window is None and stride is None else stride,
     ).checked()
-    images, mark = names_of(source, out), _mark(trained, recipe)
+    images = names_of(source, out)
+    mark = trained.mark(trained.classes, recipe.scales, recipe.eval_flip, recipe.window, recipe.stride)
     trained = trained.on(device)
     skipped, kept = [], 0
     out.mkdir(parents=True, exist_ok=True)
@@ -294,16 +294,3 @@ def predict(
         )
     told = f", {len(skipped)} unreadable, listed in {out / 'skipped.json'}" if skipped else ""
     print(f"{out}: {len(images) - len(skipped)} masks, {kept} of them from before{told}")
-
-
-def _mark(trained: Trained, recipe: Recipe) -> str:
-    """Of the weights and of how images are looked at."""
-    found = hashlib.blake2b(digest_size=16)
-    how = (trained.classes, recipe.scales, recipe.eval_flip, recipe.window, recipe.stride)
-    found.update(repr(how).encode())
-    for name, value in trained.model.state_dict().items():
-        found.update(name.encode())
-        found.update(
-            value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value).encode()
-        )
-    return found.hexdigest()

@@ -79,8 +79,8 @@ def _file(root: Path, split: str) -> tuple[str, Path]:
             return name, file
     there = sorted(path.name for path in folder.glob("*.json"))
     raise FileNotFoundError(
-        f"data.root: expected {folder / f'instances_{split}.json'}, got {some(there, 6) or 'no .json there'}; "
-        "check data.root and the split, or give a VOCdevkit/VOC2012"
+        f"data.root: expected {folder / f'instances_{split}.json'}, got {some(there, 6) or 'no .json'} "
+        "there; check data.root and the split, or give a VOCdevkit/VOC2012"
     )
 
 
@@ -155,9 +155,11 @@ def _code(segmentation: Any, size: tuple[int, int]) -> RLE:
         Rejected: it is none of them, or empty.
     """
     height, width = size
+    code: Any
     try:
         if isinstance(segmentation, list):
-            code = codes.merge(codes.frPyObjects(segmentation, height, width))
+            polygons: Any = codes.frPyObjects(segmentation, height, width)
+            code = codes.merge(polygons)
         elif isinstance(segmentation["counts"], list):
             code = codes.frPyObjects(segmentation, height, width)
         else:
@@ -185,8 +187,8 @@ def _segments(root: Path, name: str, file: Path, content: dict[str, Any]) -> Obj
         at = by_id.get(entry.get("image_id"))
         if at is None:
             raise ValueError(
-                f"data: expected images that instances_{name}.json lists, got image {entry.get('image_id')} in "
-                f"{file}; mend the file"
+                f"data: expected images that instances_{name}.json lists, got image "
+                f"{entry.get('image_id')} in {file}; mend the file"
             )
         position, rows = len(paths), []
         paths.append(pictures.paths[at])

@@ -138,8 +138,8 @@ def clipped(box: Any, height: int, width: int) -> list[float]:
     y1, y2 = values[[1, 3]].clip(0, height)
     if x1 >= x2 or y1 >= y2:
         raise Rejected(
-            f"its box, x {values[0]:g} to {values[2]:g}, y {values[1]:g} to {values[3]:g}, has no area in the "
-            f"image of {width}x{height}"
+            f"its box, x {values[0]:g} to {values[2]:g}, y {values[1]:g} to {values[3]:g}, has no area in "
+            f"the image of {width}x{height}"
         )
     return [x1, y1, x2, y2]
 

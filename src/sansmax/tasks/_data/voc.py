@@ -25,8 +25,8 @@ def folder(root: Path) -> Path | None:
 
 
 def read(root: Path, split: str, masks: bool) -> Objects:
-    """A split: the names in ImageSets/Main/<split>.txt, with masks in ImageSets/Segmentation/<split>.txt. What
-    is marked as difficult counts as COCO's crowd: not learned, and not missed in evaluation.
+    """A split: the names in ImageSets/Main/<split>.txt, with masks in ImageSets/Segmentation/<split>.txt.
+    What is marked as difficult counts as COCO's crowd: not learned, and not missed in evaluation.
 
     Raises:
         ValueError, OSError: see open_objects.
