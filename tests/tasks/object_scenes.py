@@ -1,4 +1,4 @@
-"""Small sets of images with objects, in COCO's and VOC's layout, and a run that learns from them in a moment."""
+"""Small sets of images with objects, in COCO's and VOC's layout, and a run that learns in a moment."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from faster_coco_eval import mask as codes
 from PIL import Image
+from street_scenes import SMALL, picture
 
 from sansmax.tasks._recipes.detection import ObjectData, Recipe
 from sansmax.train.recipe import Optim
-from street_scenes import SMALL, picture
 
 RUN = Recipe(
     mechanism="sima",

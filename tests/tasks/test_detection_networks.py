@@ -16,7 +16,7 @@ from sansmax.models._detector import DETECTORS, Anchors, Detector, Images
 from sansmax.recipes._small_pyramid import small_pyramid
 from sansmax.tasks import detection
 
-SIZES = [(50, 70), (96, 64), (33, 90), (64, 96)]  # the first and the last are one group
+SIZES = [(50, 70), (96, 64), (33, 100), (64, 96)]  # the first and the last are one group
 FEW = {  # proposals: quicker
     "rpn_pre_nms_top_n_train": 40,
     "rpn_pre_nms_top_n_test": 40,
@@ -62,10 +62,18 @@ def targets(sizes=SIZES):
 
 
 def same(found, want):
+    """Each has its like, whatever the order of those of nearly one score."""
     assert found.keys() == want.keys()
-    assert len(want["boxes"]) > 5
-    for name in want:
-        torch.testing.assert_close(found[name], want[name], atol=2e-3, rtol=1e-3)
+    assert len(found["boxes"]) == len(want["boxes"]) > 5
+    rows = [
+        torch.cat([one["boxes"] / 10, one["labels"][:, None], one["scores"][:, None]], 1)
+        for one in (found, want)
+    ]
+    nearest = torch.cdist(*rows, p=float("inf"), compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    assert nearest.values.max() < 1e-3
+    assert len(nearest.indices.unique()) == len(want["boxes"])
+    if "masks" in want:
+        torch.testing.assert_close(found["masks"], want["masks"][nearest.indices], atol=1e-3, rtol=1e-3)
 
 
 BACKBONES = {
@@ -223,7 +231,7 @@ def test_frozen_norms_stay():
 
 
 def test_the_mechanism_stands_on_the_last_map_of_a_resnet():
-    made = network("mask_rcnn", "resnet18", "external", {"mechanism_args": {"memory_size": 7}})
+    made = network("mask_rcnn", "resnet18", "external", {"mechanism_args": {"memory": 7}})
     attention = made.model.backbone.attention
     assert attention.attn.memory_k.shape[0] == 7
     seen = []
@@ -237,7 +245,10 @@ def test_the_mechanism_stands_on_the_last_map_of_a_resnet():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "vit_mini"}, "model: expected a network whose last features have strides 8, 16, 32"),
+        (
+            {"model": "vit_mini", "model_args": {}},
+            "model: expected a network whose last features have strides 8, 16, 32",
+        ),
         ({"model": "resnet18x", "mechanism": None}, "model: expected a name of timm or sansmax"),
         ({"model_args": {"dept": 3}}, "model_args, detector_args: expected words that soft_tiny"),
         ({"detector_args": {"nms": 3}}, "model_args, detector_args: expected words that soft_tiny"),

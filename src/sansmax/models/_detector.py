@@ -1,5 +1,6 @@
 """Boxes and masks of objects: torchvision's detectors on any network with features of several strides."""
 
+import inspect
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -101,8 +102,11 @@ class Detector(nn.Module):
         sizes = tuple(tuple(int(size * scale) for scale in scales) for size in anchor_sizes)
         anchors = Anchors(sizes, (RATIOS,) * LEVELS, [first * 2**level for level in range(LEVELS)])
         options = detector_args or {}
+        kind = {"retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}[detector]
+        if odd := sorted(options.keys() - inspect.signature(kind).parameters.keys()):
+            raise TypeError(f"{kind.__name__} got an unexpected keyword argument {odd[0]!r}")
         if self.dense:
-            self.model: Any = RetinaNet(backbone, num_classes, anchor_generator=anchors, **options)
+            self.model: Any = kind(backbone, num_classes, anchor_generator=anchors, **options)
             heads = [self.model.head]
         else:
             r_cnn: dict[str, Any] = {
@@ -116,7 +120,7 @@ class Detector(nn.Module):
                 r_cnn["mask_roi_pool"] = _pool(14)
                 r_cnn["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
                 r_cnn["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, 1 + num_classes)
-            self.model = (MaskRCNN if detector == "mask_rcnn" else FasterRCNN)(backbone, **r_cnn)
+            self.model = kind(backbone, **r_cnn)
             heads = [self.model.rpn.head, self.model.roi_heads.box_predictor]
             heads += [self.model.roi_heads.mask_predictor] if detector == "mask_rcnn" else []
         for head in heads:

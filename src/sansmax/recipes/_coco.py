@@ -12,8 +12,8 @@ WARMUP = 500  # updates, of 7,330 in an epoch
 
 
 def coco(epochs: int, opt: str, lr: float, weight_decay: float, **words: Any) -> Recipe:
-    """mmdetection's 1x (12 epochs) and 3x (36): 16 images of COCO's train2017 an update, the short side 800 pixels
-    and the long one at most 1,333, a warm-up of 500 updates, a tenth of the rate at each milestone."""
+    """mmdetection's 1x (12 epochs) and 3x (36) on COCO's train2017: 16 images an update, the short side 800
+    pixels and the long one at most 1,333, a warm-up of 500 updates, a tenth of the rate at each milestone."""
     return Recipe(
         long_side=1333,
         eval_side=800,

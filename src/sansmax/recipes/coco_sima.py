@@ -13,7 +13,8 @@ def coco_sima(network: str) -> Recipe:
 
         sansmax train coco_sima_xcit_small_12_p16_mask_rcnn --data.root coco --weights sima_small_12_p16.pth
 
-    `--weights` is a classifier of ImageNet, here the authors' layout; maps are those of blocks 3, 5, 7 and 11.
+    `--weights` is a classifier of ImageNet, here in the authors' layout; the maps are those of blocks 3, 5, 7
+    and 11.
 
     Cost: not stated for SimA, and not measured here; XCiT trains it in half precision, 16 images an update.
     To reach: SimA's figures are in no source that was found. XCiT-S12/16, the same network with

@@ -181,7 +181,7 @@ class Run:
             )
         if bool(o.milestones) != (o.sched == "multistep") or list(o.milestones) != sorted({*o.milestones}):
             raise ValueError(
-                "optim.milestones: expected rising epochs with optim.sched multistep and none with others, got "
+                "optim.milestones: expected rising epochs with optim.sched multistep, none with others, got "
                 f"{o.milestones} with {o.sched}; use 8 11 for example"
             )
         parts = {f"{name}.": part for name, part in vars(self).items() if dataclasses.is_dataclass(part)}
