@@ -64,7 +64,7 @@ def content(masks):
     ]
     if not masks:
         objects = [{k: v for k, v in one.items() if k != "segmentation"} for one in objects]
-    return {"images": images, "annotations": objects, "categories": CATEGORIES}
+    return {"images": images, "annotations": objects, "categories": [dict(one) for one in CATEGORIES]}
 
 
 def coco(root: Path, masks=True, change=lambda told: None, split="train", folder="", suffix=""):

@@ -129,12 +129,13 @@ def test_losses_of_groups_are_averaged_by_their_images():
             torch.testing.assert_close(p.grad, together[name], atol=1e-5, rtol=1e-4)
 
 
-def test_with_norms_that_processes_share_a_batch_is_one_group():
-    made = nn.SyncBatchNorm.convert_sync_batchnorm(network())
-    assert made.train().groups(images()) == [[0, 1, 2, 3]]
-    assert made.eval().groups(images()) == [[0, 3], [1], [2]]
-    frozen = nn.SyncBatchNorm.convert_sync_batchnorm(network(freeze_norm=True))
-    assert frozen.train().groups(images()) == [[0, 3], [1], [2]]
+def test_with_norms_that_learn_a_batch_is_one_group():
+    made, frozen = network(), network(freeze_norm=True)
+    for one in (made, nn.SyncBatchNorm.convert_sync_batchnorm(made)):
+        assert one.train().groups(images()) == [[0, 1, 2, 3]]
+        assert one.eval().groups(images()) == [[0, 3], [1], [2]]
+    for one in (frozen, nn.SyncBatchNorm.convert_sync_batchnorm(frozen)):
+        assert one.train().groups(images()) == [[0, 3], [1], [2]]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

@@ -26,6 +26,7 @@ __all__ = ["DETECTORS", "LEVELS", "Detector", "Images"]
 DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 LEVELS = 5  # of the pyramid, with an anchor size each
 MULTIPLE = 32  # the largest stride of a backbone
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 
 
@@ -51,9 +52,8 @@ class Detector(nn.Module):
     network together, padded to these sides at the right and below by 0. So does an image alone, and nothing
     else that is in its batch changes what is found in it. In training the losses of the groups are averaged,
     weighted by their images: where a published loss is divided by the boxes or anchors of a batch, it is by
-    those of a group, and batch norms that learn see a group at a time. Where several processes share such
-    norms (nn.SyncBatchNorm), for which all must compute equally often, a training batch is one group, padded
-    to its largest image.
+    those of a group. Where batch norms learn, whose statistics want the whole batch and are shared between
+    processes that must compute equally often, a training batch is one group, padded to its largest image.
 
     Args:
         detector: retinanet, faster_rcnn or mask_rcnn.
@@ -159,7 +159,7 @@ class Detector(nn.Module):
 
     def groups(self, images: list[Tensor]) -> list[list[int]]:
         """Positions of the images that go through the network together."""
-        if self.training and any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self.modules()):
+        if self.training and any(isinstance(m, NORMS) and m.training for m in self.modules()):
             return [list(range(len(images)))]
         found: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
@@ -174,8 +174,7 @@ class Detector(nn.Module):
         return self
 
     def _norms(self) -> list[nn.Module]:
-        kinds = nn.BatchNorm2d | nn.SyncBatchNorm
-        return [m for m in self.encoder.modules() if isinstance(m, kinds)]
+        return [m for m in self.encoder.modules() if isinstance(m, NORMS)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Makes the network's activations again in the backward pass instead of keeping them."""

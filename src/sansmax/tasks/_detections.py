@@ -59,8 +59,8 @@ def found_in(output: dict[str, Tensor], seen: tuple[int, int], size: tuple[int, 
     masks = None
     if "masks" in output:
         masks = []
-        for one, box in zip(output["masks"].cpu().split(1), boxes.float().split(1), strict=True):
-            inside = paste_masks_in_image(one, box, size)[0, 0] > 0.5
+        for one, box in zip(output["masks"].cpu(), boxes.float(), strict=True):
+            inside = paste_masks_in_image(one[None], box[None], size)[0, 0] > 0.5
             masks.append(codes.encode(np.asfortranarray(inside.numpy().astype(np.uint8))))
     return Found(
         boxes.numpy(), output["labels"].cpu().numpy(), output["scores"].cpu().double().numpy(), masks
