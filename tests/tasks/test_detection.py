@@ -24,6 +24,7 @@ from sansmax.tasks._data.objects import Truth, open_objects
 from sansmax.tasks._detections import Found, agreement, ap_of, found_in, from_rows, to_rows
 from sansmax.tasks._object_files import Journal
 from sansmax.tasks._recipes.detection import Recipe
+from small_task import interrupted
 
 CPU = torch.device("cpu")
 
@@ -481,31 +482,13 @@ def test_results_go_on_where_they_were_left(tmp_path):
 
 @pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
 def test_a_run_goes_on_exactly(tmp_path, detector):
-    from sansmax.train.guard import Interrupted
     from sansmax.train.run import run
 
     data = data_of(both(tmp_path))
     recipe = replace(RUN, detector=detector, data=data, batch_size=2, epochs=2, log_every=1, save_every=1)
     whole = run(replace(recipe, out=str(tmp_path / "whole")))
-    opened = detection.open_task
-
-    def stopped(*given):
-        task = opened(*given)
-        original = task.train_batches
-
-        def batches(epoch, update, part):
-            for number, batch in enumerate(original(epoch, update, part), update):
-                if (epoch, number) == (1, 1):
-                    raise KeyboardInterrupt
-                yield batch
-
-        task.train_batches = batches
-        return task
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detection, "open_task", stopped)
-        with pytest.raises((KeyboardInterrupt, Interrupted)):
-            run(replace(recipe, out=str(tmp_path / "cut")))
+    with interrupted(detection, 1, 1):
+        run(replace(recipe, out=str(tmp_path / "cut")))
     rest = run(replace(recipe, out=str(tmp_path / "cut"), resume=True))
     assert rest.curve == whole.curve
     assert torch.equal(rest.verdicts, whole.verdicts)
@@ -535,3 +518,31 @@ def test_small_sets_are_the_first_of_a_shuffle(tmp_path):
     same, again = open_objects(data_of(tmp_path / "coco", val_split="train", val_samples=3), False)
     assert [again.name(i) for i in range(3)] != [same.name(i) for i in range(3)]
     assert all(again.name(i).startswith("train/") for i in range(3))
+
+
+def constant_boxes(train, val):
+    """mAP50 of what needs no picture: in each quarter a box of the mean size, as every class by its share."""
+    truths = [train.truth(i) for i in range(len(train))]
+    boxes = np.concatenate([truth.boxes for truth in truths])
+    side = (boxes[:, 2:] - boxes[:, :2]).mean(0)
+    share = np.bincount(np.concatenate([truth.labels for truth in truths])) / len(boxes)
+    middles = np.array([[16, 16], [48, 16], [16, 48], [48, 48]])
+    each = np.concatenate([middles - side / 2, middles + side / 2], 1)
+    count = len(share)
+    found = Found(np.tile(each, (count, 1)), np.arange(count).repeat(4), share.repeat(4))
+    told = [(i, val.truth(i), val.size(i)) for i in range(len(val))]
+    return ap_of(told, [(i, found) for i in range(len(val))], count, "bbox")[0]["map_50"]
+
+
+@pytest.mark.slow
+def test_digits_are_found_beyond_their_places(tmp_path):
+    """Two epochs of the small recipe; all of it reaches far more (docs/detection.md)."""
+    from sansmax.train.run import run
+
+    recipe = recipes.recipe("detection_sima")
+    data = replace(recipe.data, val_samples=60)
+    optim = replace(recipe.optim, warmup=0.2)
+    out = run(replace(recipe, data=data, optim=optim, epochs=2, device="cpu", out=str(tmp_path / "run")))
+    baseline = constant_boxes(*open_objects(data, False))
+    assert 0 < baseline < 0.05
+    assert out.curve[-1]["map_50"] > 2 * baseline

@@ -27,8 +27,8 @@ DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 LEVELS = 5  # of the pyramid, with an anchor size each
 MULTIPLE = 32  # the largest stride of a backbone
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-# For which RetinaNet's weights begin at 0.01: of 48 channels four convolutions then shrink what they get 2,000
-# times, and the small recipe reaches MEASURED.
+# For which RetinaNet's weights begin at 0.01. With those the small recipe (48 channels) reached mAP 9.5 in place of
+# MEASURED.
 PUBLISHED_CHANNELS = 256
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 
@@ -112,7 +112,8 @@ class Detector(nn.Module):
             self.model: Any = kind(backbone, num_classes, anchor_generator=anchors, **options)
             heads = [self.model.head]
             if fpn_channels < PUBLISHED_CHANNELS:
-                for conv in (*self.model.head.classification_head.conv, *self.model.head.regression_head.conv):
+                parts = (self.model.head.classification_head, self.model.head.regression_head)
+                for conv in (conv for part in parts for conv in part.conv):
                     nn.init.kaiming_normal_(conv[0].weight, nonlinearity="relu")
         else:
             r_cnn: dict[str, Any] = {

@@ -19,7 +19,7 @@ __all__ = ["drawn", "truth_and_found"]
 LEAST = 320  # long side of a drawn image, so that names can be read
 
 
-def drawn(image: np.ndarray, found: Found | Truth, names: Sequence[str]) -> Image.Image:
+def drawn(image: np.ndarray, found: Found | Truth, names: list[str]) -> Image.Image:
     """uint8 (height, width, 3), enlarged where it is small, with box, name and, of a detection, score of
     every object, and its mask in colour where there is one. The name of a crowd is in brackets."""
     height, width = image.shape[:2]
@@ -51,7 +51,7 @@ def drawn(image: np.ndarray, found: Found | Truth, names: Sequence[str]) -> Imag
 
 
 def truth_and_found(
-    shown: Sequence[tuple[np.ndarray, Truth, Found]], names: Sequence[str], columns: int = 2
+    shown: Sequence[tuple[np.ndarray, Truth, Found]], names: list[str], columns: int = 2
 ) -> Image.Image:
     """Pairs of an image with its objects and with what was found, `columns` pairs in a row."""
     rows = -(-len(shown) // columns)

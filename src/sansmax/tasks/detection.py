@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models._detector import Detector, Images
-from ..models._published import fill, own_state
+from ..models._published import begin_with
 from ._data._decode import reason, to_rgb
 from ._data.draws import Part
 from ._data.folder import image_files
@@ -184,18 +184,8 @@ def load_weights(model: Detector, recipe: Recipe) -> None:
         own = model.encoder.state_dict()
         model.encoder.load_state_dict({k: v for k, v in donor.encoder.state_dict().items() if k in own})
         return
-    path = Path(recipe.weights).expanduser()
-    names = ("best.safetensors", "weights.safetensors")
-    path = next((path / name for name in names if (path / name).is_file()), path)
-    state, own = own_state(model, path), model.state_dict()
-    if own.keys() <= state.keys():
-        heads = ("cls_logits", "box_predictor", "mask_fcn_logits")
-        last = {k for k in own if any(head in k for head in heads) and state[k].shape != own[k].shape}
-        fill(model, state | {key: own[key] for key in last}, str(path))
-        return
-    inner = getattr(model.encoder, "model", model.encoder)
-    own = inner.state_dict()
-    fill(inner, {key: value for key, value in own_state(inner, path).items() if key in own}, str(path))
+    heads = ("cls_logits", "box_predictor", "mask_fcn_logits")
+    begin_with(model, model.encoder, recipe.weights, heads)
 
 
 def predict(

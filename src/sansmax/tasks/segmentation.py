@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import models
 from ..models._dense import Dense
 from ..models._eanet import EANet
-from ..models._published import fill, own_state
+from ..models._published import begin_with
 from ._data._decode import reason, to_rgb
 from ._data.crops import Masked, Pixels
 from ._data.draws import Part
@@ -217,19 +217,7 @@ def load_weights(model: EANet | Dense, recipe: Recipe) -> None:
             donor = donor.encoder
         inner.load_state_dict(donor.state_dict())
         return
-    path = Path(what).expanduser()
-    names = ("best.safetensors", "weights.safetensors")
-    path = next((path / name for name in names if (path / name).is_file()), path)
-    state, own = own_state(model, path), model.state_dict()
-    if own.keys() <= state.keys():
-        last = "fc." if isinstance(model, EANet) else "head."
-        if state[f"{last}bias"].shape != own[f"{last}bias"].shape:
-            state |= {key: value for key, value in own.items() if key.startswith(last)}
-        fill(model, state, str(path))
-        return
-    inner = getattr(inner, "model", inner)
-    own = inner.state_dict()
-    fill(inner, {key: value for key, value in own_state(inner, path).items() if key in own}, str(path))
+    begin_with(model, inner, what, ("fc.",) if isinstance(model, EANet) else ("head.",))
 
 
 def predict(

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as codes
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...models._detector import Images
 from .._recipes.detection import Recipe
 from .._windows import normalised
-from ._decode import reason
 from .batches import TRIES, Noted, Plan
+from .crops import loader, read_or_note
 from .draws import Part
 from .objects import Objects, Truth
 
@@ -96,7 +96,7 @@ class _Learned(Dataset[Any]):
         failures: list[tuple[str, str]] = []
         for offset in range(min(TRIES, len(self.objects))):
             index = (position + offset) % len(self.objects)
-            if (image := _read(self.objects, index, failures)) is not None:
+            if (image := read_or_note(self.objects, index, failures)) is not None:
                 r = self.recipe
                 truth = self.objects.truth(index)
                 return *view(image, truth, r.short_sides, r.long_side, r.hflip, seed), failures
@@ -114,25 +114,11 @@ class _HeldOut(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         failures: list[tuple[str, str]] = []
-        image = _read(self.objects, position, failures)
+        image = read_or_note(self.objects, position, failures)
         if image is None:
             return None, None, failures
         size = fitting(image.shape[:2], self.recipe.evaluation_side, self.recipe.long_side)
         return resized(image, size), (position, image.shape[:2]), failures
-
-
-def _read(objects: Objects, index: int, failures: list[tuple[str, str]]) -> np.ndarray | None:
-    try:
-        return objects.read(index)
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-        failures.append((objects.name(index), reason(error)))
-        return None
-
-
-def _listed(items: list[Any]) -> tuple[list[Any] | None, list[Any], list[tuple[str, str]]]:
-    there = [(image, rest) for image, rest, _ in items if image is not None]
-    failures = [failure for *_, failed in items for failure in failed]
-    return [image for image, _ in there] or None, [rest for _, rest in there], failures
 
 
 class Views:
@@ -145,7 +131,7 @@ class Views:
         self.workers, self.device = workers, device
         self.skipped = [*train.skipped(), *val.skipped()]
         self._plan = Plan(len(train), 1)
-        self._train = self._loader(_Learned(train, recipe), self._plan, True)
+        self._train = loader(_Learned(train, recipe), self._plan, workers, True)
 
     def train(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Images, None]]:
         """Views with their targets, on the device."""
@@ -159,8 +145,8 @@ class Views:
         """Held-out images in order, as many at a time as PIXELS allows."""
         index = torch.arange(len(self.val_objects))[rank::world]
         keys = [some.tolist() for some in index.split(batch_size)]
-        loader = self._loader(_HeldOut(self.val_objects, self.recipe), keys, False)
-        noted: Any = Noted(loader, self.skipped, self.val_objects.title, some=world == 1)
+        items = loader(_HeldOut(self.val_objects, self.recipe), keys, self.workers, False)
+        noted: Any = Noted(items, self.skipped, self.val_objects.title, some=world == 1)
         for images, rest in noted:
             step = max(1, PIXELS // max(image[0].numel() for image in images))
             for start in range(0, len(images), step):
@@ -168,12 +154,3 @@ class Views:
                 positions, sizes = zip(*rest[few], strict=True)
                 moved = [image.to(self.device) for image in images[few]]
                 yield Seen(Images(moved), list(sizes), torch.tensor(positions))
-
-    def _loader(self, objects: Any, keys: Any, persistent: bool) -> DataLoader[Any]:
-        return DataLoader(
-            objects,
-            batch_sampler=keys,
-            num_workers=self.workers,
-            collate_fn=_listed,
-            persistent_workers=persistent and self.workers > 0,
-        )
