@@ -27,8 +27,8 @@ DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 LEVELS = 5  # of the pyramid, with an anchor size each
 MULTIPLE = 32  # the largest stride of a backbone
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-# For which RetinaNet's weights begin at 0.01. With those the small recipe (48 channels) reached mAP 9.5 in place of
-# MEASURED.
+# For which the weights of RetinaNet's convolutions begin at 0.01: with that the small recipe (48 channels, 5
+# epochs) reached mAP 9.5, with He's weights 32.3.
 PUBLISHED_CHANNELS = 256
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 

@@ -29,7 +29,7 @@ def detection(mechanism: str) -> Recipe:
         short_sides=(64,),
         long_side=64,
         hflip=0.0,
-        epochs=5,
+        epochs=6,
         batch_size=16,
         optim=Optim(
             opt="adamw",

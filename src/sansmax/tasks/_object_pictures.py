@@ -6,12 +6,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from faster_coco_eval import mask as codes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ._data.objects import Truth
 from ._detections import Found
-from ._mask_pictures import palette
 from ._pictures import figure_image
 
 __all__ = ["drawn", "truth_and_found"]
@@ -24,18 +24,18 @@ def drawn(image: np.ndarray, found: Found | Truth, names: list[str]) -> Image.Im
     every object, and its mask in colour where there is one. The name of a crowd is in brackets."""
     height, width = image.shape[:2]
     scale = max(1, -(-LEAST // max(height, width)))
-    colours = palette()
+    colours = [255 * hsv_to_rgb((i * 0.618 % 1, 0.8, 1.0)) for i in range(len(names))]
     pixels = image.astype(np.float32)
     for code, label in zip(found.masks or [], found.labels, strict=False):
         inside = codes.decode(code).astype(bool)
-        pixels[inside] = (pixels[inside] + colours[label + 1]) / 2
+        pixels[inside] = (pixels[inside] + colours[label]) / 2
     picture = Image.fromarray(pixels.astype(np.uint8)).resize((scale * width, scale * height))
     pen = ImageDraw.Draw(picture)
     font = ImageFont.truetype(
         str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size=12
     )
     for i, (box, label) in enumerate(zip(scale * found.boxes, found.labels, strict=True)):
-        colour = tuple(int(value) for value in colours[label + 1])
+        colour = tuple(int(value) for value in colours[label])
         words: str = names[label]
         if isinstance(found, Found):
             words += f" {found.scores[i]:.2f}"
@@ -45,8 +45,7 @@ def drawn(image: np.ndarray, found: Found | Truth, names: list[str]) -> Image.Im
         pen.rectangle(tuple(map(float, box)), outline=colour, width=2)
         place = pen.textbbox((x + 2, y + 1), words, font=font)
         pen.rectangle((place[0] - 2, place[1] - 1, place[2] + 2, place[3] + 1), fill=colour)
-        ink = "black" if sum(colour) > 384 else "white"
-        pen.text((x + 2, y + 1), words, font=font, fill=ink)
+        pen.text((x + 2, y + 1), words, font=font, fill="black")
     return picture
 
 

@@ -31,7 +31,7 @@ from ._task import Picture, Task, Trained
 __all__ = ["Detection", "Recipe", "build", "load_weights", "open_task", "predict"]
 
 SHOWN = 6  # images of the report
-SURE = 0.5  # the least score that is shown
+SURE = 0.3  # the least score that is shown
 
 
 class Detection(Task):
@@ -210,7 +210,7 @@ def predict(
         source: an image, or a folder with all below it.
         out: a .json file, written whole or not at all.
         score: the least that is written.
-        pictures: a folder for the images with what was found in them (score 0.5).
+        pictures: a folder for the images with what was found in them (score 0.3).
         eval_side: short side of what the network sees (default: the run's).
         batch_size: images that the network takes at a time.
         device: auto, cpu or cuda.

@@ -26,7 +26,7 @@ class _Drawn:
         return self.images[index]
 
 
-def digits(split: str, val_split: str) -> tuple[Objects, Objects]:
+def digits(split: str, val_split: str, masks: bool) -> tuple[Objects, Objects]:
     """digit_scenes' pictures of 64 pixels with one to three digits, one in a quarter at most."""
     found = dict(zip(("train", "val"), scenes(), strict=True))
     parts = []
@@ -36,13 +36,13 @@ def digits(split: str, val_split: str) -> tuple[Objects, Objects]:
                 f"data.split: expected train or val of the digits, got {name!r}; use one of them"
             )
         pictures = found[name]
-        images, masks = zip(*map(pictures.read, range(len(pictures))), strict=True)
+        images, values = zip(*map(pictures.read, range(len(pictures))), strict=True)
         parts.append(
             Objects(
                 pictures.title,
                 [f"{i + 1} {word}" for i, word in enumerate(NAMES)],
                 _Drawn(name, list(images)),
-                [truth_of(_rows(mask), True) for mask in masks],
+                [truth_of(_rows(mask), masks) for mask in values],
                 [(SIDE, SIDE)] * len(pictures),
                 positions=np.arange(len(pictures)),
             )

@@ -177,7 +177,7 @@ def open_objects(data: ObjectData, masks: bool) -> tuple[Objects, Objects]:
     if data.root == "digits":
         from .digit_objects import digits
 
-        train, val = digits(data.split, data.val_split)
+        train, val = digits(data.split, data.val_split, masks)
     else:
         from . import coco, voc
 
