@@ -10,7 +10,7 @@ import pytest
 import torch
 import tyro
 from faster_coco_eval import mask as codes
-from object_scenes import RUN, both, coco, content, data_of, voc
+from object_scenes import RUN, annotation, both, coco, content, data_of, voc
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -250,7 +250,7 @@ def test_segments_are_masks_where_there_are_no_polygons(tmp_path):
     assert truth.labels.tolist() == [2, 0]
     assert truth.crowd.tolist() == [False, True]
     assert truth.areas.tolist() == [77, 44]
-    assert [entry["reason"] for entry in train.skipped()] == ["segment 4: it has no pixel"]
+    assert train.skipped() == [{"path": "train/000000000003.png, segment 4", "reason": "it has no pixel"}]
     plain, _ = open_objects(data_of(root), False)
     assert len(plain) == 6
 
@@ -292,11 +292,11 @@ def test_objects_that_cannot_be_used_are_left_out_and_listed(tmp_path):
     train, _ = open_objects(data_of(both(tmp_path, masks=False, change=change)), False)
     assert train.truth(0).boxes[2:].tolist() == [[0, 0, 25, 13], [49, 3, 50, 12]]
     assert train.truth(0).areas[2:].tolist() == [25 * 13, 9]
-    reasons = [entry["reason"] for entry in train.skipped()]
-    assert [reason.partition(":")[0] for reason in reasons] == [f"object {100 + i}" for i in (2, 3, 4, 5)]
-    assert "has no area in the image of 50x37" in reasons[0]
-    assert "not four finite numbers" in reasons[2]
-    assert {entry["path"] for entry in train.skipped()} == {"train/000000000000.png"}
+    left_out = {entry["path"].rpartition(" ")[2]: entry["reason"] for entry in train.skipped()}
+    assert list(left_out) == ["102", "103", "104", "105"]
+    assert "has no area in the image of 50x37" in left_out["102"]
+    assert "not four finite numbers" in left_out["104"]
+    assert train.skipped()[0]["path"] == "train/000000000000.png, object 102"
 
 
 def change_of(path, value):
@@ -374,7 +374,8 @@ def test_settings_that_cannot_be_are_refused():
 
 
 def test_a_run_its_report_its_figures_and_its_results(tmp_path, capsys):
-    root = both(tmp_path)
+    outside = annotation(99, 15, 3, (70, 70, 80, 80), [[70, 70, 80, 70, 80, 80]])
+    root = both(tmp_path, change=lambda told: told["annotations"].append(dict(outside)))
     (root / "train" / "000000000003.png").unlink()
     (root / "val" / "000000000004.png").write_bytes(b"no image")
     proposals = {f"rpn_{kind}_nms_top_n_{part}": 30 for kind in ("pre", "post") for part in ("train", "test")}
@@ -384,6 +385,10 @@ def test_a_run_its_report_its_figures_and_its_results(tmp_path, capsys):
     folder = tmp_path / "run"
     outcome = run(replace(recipe, data=data_of(root), batch_size=3, out=str(folder)))
     skipped = {entry["path"]: entry["reason"] for entry in json.loads((folder / "skipped.json").read_text())}
+    assert skipped.pop("train/000000000005.png, object 99").startswith(
+        "its box, x 70 to 80, y 70 to 80, has no"
+    )
+    assert skipped.pop("val/000000000005.png, object 99")
     assert skipped == {
         "train/000000000003.png": "No such file or directory",
         "val/000000000004.png": "cannot identify image file",

@@ -53,6 +53,10 @@ class Detection(Task):
             for name, (_, title) in FIGURES.items()
         }
 
+    @property
+    def used(self) -> int:
+        return self.val_size - (len(self.skipped) - self.views.rejected)
+
     def train_batches(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Images, None]]:
         return self.views.train(epoch, update, part)
 

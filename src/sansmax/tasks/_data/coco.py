@@ -37,7 +37,7 @@ def read(root: Path, split: str, masks: bool) -> Objects:
     numbers = _categories(content, file)
     pictures, by_id = _pictures(root, name, content, file)
     rows: list[list[Any]] = [[] for _ in pictures.paths]
-    rejected: list[tuple[int, str]] = []
+    rejected: list[tuple[int, str, str]] = []
     for entry in content["annotations"]:
         position = by_id.get(entry.get("image_id"))
         who = f"object {entry.get('id')}"
@@ -59,7 +59,7 @@ def read(root: Path, split: str, masks: bool) -> Objects:
             area = float(entry.get("area", (box[2] - box[0]) * (box[3] - box[1])))
             rows[position].append((box, label, bool(entry.get("iscrowd")), area, code))
         except Rejected as why:
-            rejected.append((position, f"{who}: {why}"))
+            rejected.append((position, who, str(why)))
     truths = [truth_of(some, masks) for some in rows]
     return Objects(
         f"{root.resolve().name} {name}",
@@ -182,7 +182,7 @@ def _segments(root: Path, name: str, file: Path, content: dict[str, Any]) -> Obj
     numbers = _categories(content, file)
     pictures, by_id = _pictures(root, name, content, file)
     paths, sizes, truths = [], [], []
-    rejected: list[tuple[int, str]] = []
+    rejected: list[tuple[int, str, str]] = []
     for entry in found:
         at = by_id.get(entry.get("image_id"))
         if at is None:
@@ -213,7 +213,7 @@ def _segments(root: Path, name: str, file: Path, content: dict[str, Any]) -> Obj
             where = values == segment["index"]
             if values.shape != sizes[-1] or not where.any():
                 why = "its picture has another size" if where.any() else "it has no pixel"
-                rejected.append((position, f"segment {segment['index']}: {why}"))
+                rejected.append((position, f"segment {segment['index']}", why))
                 continue
             code = codes.encode(np.asfortranarray(where.astype(np.uint8)))
             x, y, width, height = map(float, codes.toBbox(code))

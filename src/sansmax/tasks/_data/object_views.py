@@ -129,7 +129,9 @@ class Views:
     ) -> None:
         self.train_objects, self.val_objects, self.recipe = train, val, recipe
         self.workers, self.device = workers, device
-        self.skipped = [*train.skipped(), *val.skipped()]
+        rejected = train.skipped()
+        self.skipped = [*rejected, *(one for one in val.skipped() if one not in rejected)]
+        self.rejected = len(self.skipped)
         self._plan = Plan(len(train), 1)
         self._train = loader(_Learned(train, recipe), self._plan, workers, True)
 

@@ -77,7 +77,7 @@ class Objects:
     Attributes:
         classes: number and name of each, "18 dog": a detection is told with the number.
         sizes: (height, width) of the images.
-        rejected: of objects that cannot be used, the image's position, and why.
+        rejected: of objects that cannot be used, the image's position, which they are, and why.
         positions: of the split's images in all that precedes.
     """
 
@@ -86,7 +86,7 @@ class Objects:
     reader: Reader
     truths: list[Truth]
     sizes: list[tuple[int, int]]
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
     positions: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     def __len__(self) -> int:
@@ -112,7 +112,11 @@ class Objects:
     def skipped(self) -> list[dict[str, str]]:
         """Objects of the split's images that cannot be used."""
         own = set(self.positions.tolist())
-        return [{"path": self.reader.name(i), "reason": why} for i, why in self.rejected if i in own]
+        return [
+            {"path": f"{self.reader.name(i)}, {which}", "reason": why}
+            for i, which, why in self.rejected
+            if i in own
+        ]
 
     def first(self, count: int | None) -> "Objects":
         """The first `count` of a shuffle that is always the same."""

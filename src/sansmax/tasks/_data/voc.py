@@ -50,12 +50,12 @@ def read(root: Path, split: str, masks: bool) -> Objects:
         Files(root, paths, list(sizes)),
         list(truths),
         list(sizes),
-        [(i, why) for i, some_whys in enumerate(whys) for why in some_whys],
+        [(i, *one) for i, some_of_it in enumerate(whys) for one in some_of_it],
         np.arange(len(names)),
     )
 
 
-def _image(root: Path, name: str, masks: bool) -> tuple[Any, tuple[int, int], list[str]]:
+def _image(root: Path, name: str, masks: bool) -> tuple[Any, tuple[int, int], list[tuple[str, str]]]:
     """Its objects, height and width, and why others cannot be used."""
     file = root / "Annotations" / f"{name}.xml"
     try:
@@ -84,7 +84,7 @@ def _image(root: Path, name: str, masks: bool) -> tuple[Any, tuple[int, int], li
                     raise Rejected("it has no pixel in SegmentationObject")
                 code = codes.encode(np.asfortranarray(where.astype(np.uint8)))
         except ValueError as why:
-            rejected.append(f"object {number}: {why}")
+            rejected.append((f"object {number}", str(why)))
             continue
         area = float(codes.area(code)) if code else (box[2] - box[0]) * (box[3] - box[1])
         rows.append((box, label, entry.findtext("difficult", "0").strip() == "1", area, code))
