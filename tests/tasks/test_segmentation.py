@@ -22,6 +22,7 @@ from sansmax.tasks._data.crops import Masked
 from sansmax.tasks._data.masks import IGNORED, open_scenes
 from sansmax.tasks._recipes.segmentation import Recipe
 from sansmax.tasks._windows import Look, normalised
+from small_task import interrupted
 
 
 @pytest.fixture
@@ -231,30 +232,12 @@ def test_a_run_its_report_its_figures_and_its_masks(trained, folder, tmp_path, c
 
 
 def test_a_run_goes_on_exactly(folder, tmp_path):
-    from sansmax.train.guard import Interrupted
     from sansmax.train.run import run
 
     recipe = replace(RUN, data=data_of(folder, ignore=11), batch_size=2, epochs=3, log_every=1, save_every=1)
     whole = run(replace(recipe, out=str(tmp_path / "whole")))
-    opened = segmentation.open_task
-
-    def stopped(*given):
-        task = opened(*given)
-        original = task.train_batches
-
-        def batches(epoch, update, part):
-            for number, batch in enumerate(original(epoch, update, part), update):
-                if (epoch, number) == (1, 2):
-                    raise KeyboardInterrupt
-                yield batch
-
-        task.train_batches = batches
-        return task
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation, "open_task", stopped)
-        with pytest.raises((KeyboardInterrupt, Interrupted)):
-            run(replace(recipe, out=str(tmp_path / "cut")))
+    with interrupted(segmentation, 1, 2):
+        run(replace(recipe, out=str(tmp_path / "cut")))
     rest = run(replace(recipe, out=str(tmp_path / "cut"), resume=True))
     assert rest.curve == whole.curve
     assert torch.equal(rest.verdicts, whole.verdicts)

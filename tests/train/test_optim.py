@@ -86,9 +86,10 @@ def test_the_rate_that_is_told_is_the_full_one_and_equals_the_schedule(tmp_path)
         ({"sched": "poly"}, 4, [0.1 + 0.9 * (1 - t / 4) ** 0.9 for t in range(4)]),
         ({"sched": "tanh"}, 2, [0.1 + 0.45 * (1 - math.tanh(-7 + 10 * t / 2)) for t in range(2)]),
         ({"sched": "step"}, 200, [0.1 ** (t // 90) for t in range(200)]),
+        ({"sched": "multistep", "milestones": (2, 3)}, 5, [1.0, 1.0, 0.1, 0.01, 0.01]),
         ({"sched": "cosine"}, 1, [1.0]),
     ],
-    ids=["cosine", "poly", "tanh", "step", "one"],
+    ids=["cosine", "poly", "tanh", "step", "multistep", "one"],
 )
 @pytest.mark.parametrize("per", ["epoch", "update"])
 def test_schedules_by_hand(changes, epochs, expected, per):
@@ -134,6 +135,7 @@ def test_settings_reach_the_optimiser(optimiser, expected):
         ({"opt": "adamww"}, r"unknown name 'adamww' in optimisers: .*; did you mean 'adamw'\?"),
         ({"opt": "fusedadam"}, "unknown name 'fusedadam' in optimisers"),
         ({"sched": "cosin"}, r"unknown name 'cosin' in schedules: .*; did you mean 'cosine'\?"),
+        ({"sched": "multistepp"}, r"unknown name 'multistepp' in schedules"),
         ({"layer_decay": 0.5}, r"optim.layer_decay: expected a network with group_matcher\(\)"),
         (
             {"opt": "momentum", "betas": (0.9, 0.99)},

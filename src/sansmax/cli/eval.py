@@ -53,7 +53,7 @@ def _task(what: str, flags: Sequence[str]) -> None:
         prepare_folder(out.parent)
     recipe = dataclasses.replace(own, **{name: getattr(chosen, name) for name in own.evaluated}).checked()
     task, found, details = evaluate_run(trained, recipe)
-    print(f"{what}: {task.words(found)}, {task.val_size - len(task.skipped):,} {task.unit}")
+    print(f"{what}: {task.words(found)}, {task.used:,} {task.unit}")
     if out is not None:
         told = {"what": what, "task": recipe.task, "figures": found, "samples": task.val_size}
         told |= {"details": details, "skipped": task.skipped, "recipe": recipe.to_json()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._create import create_model, trunks
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "encoder", "undecayed"]
 
 STRIDES = (4, 8, 16, 32)
 
@@ -49,7 +49,7 @@ class Dense(nn.Module):
         **words: Any,
     ) -> None:
         super().__init__()
-        self.encoder = _encoder(network, mechanism, img_size, pretrained, words)
+        self.encoder = encoder(network, mechanism, img_size, pretrained, words)
         strides = self.encoder.feature_info.reduction()
         if not set(STRIDES) <= set(strides):
             more = f"; use {network}_pyramid" if f"{network}_pyramid" in timm.list_models() else ""
@@ -79,15 +79,20 @@ class Dense(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The network's own."""
-        inner = getattr(self.encoder, "model", self.encoder)
-        names = getattr(inner, "no_weight_decay", lambda: set())()
-        prefix = "encoder.model." if inner is not self.encoder else "encoder."
-        return {prefix + name for name in names}
+        return undecayed(self.encoder, "encoder.")
 
 
-def _encoder(
+def undecayed(features: Any, prefix: str) -> set[str]:
+    """The parameters that a network of `encoder` keeps from decay, by their names behind `prefix`."""
+    inner = getattr(features, "model", features)
+    names = getattr(inner, "no_weight_decay", lambda: set())()
+    return {f"{prefix}{'model.' if inner is not features else ''}{name}" for name in names}
+
+
+def encoder(
     network: str, mechanism: str | None, img_size: tuple[int, int], pretrained: bool, words: dict[str, Any]
 ) -> Any:
+    """timm's wrapper of a network that gives features."""
     common = {"features_only": True, "pretrained": pretrained, **words}
     if network in trunks():
         return create_model(network, mechanism, **{"img_size": img_size, **common})

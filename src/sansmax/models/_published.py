@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layers import Mixer
 from ._layouts import layer_state
 
-__all__ = ["fill", "load_published", "own_state"]
+__all__ = ["begin_with", "fill", "load_published", "own_state"]
 
 # What wraps a state dict in the authors' files. A network names what goes before these
 # (`published_wrappers`).
@@ -77,6 +77,26 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         for key, t in state.items()
     }
     network.load_state_dict(fitting, strict=True)
+
+
+def begin_with(network: nn.Module, inner: nn.Module, what: str, last: tuple[str, ...]) -> None:
+    """The weights of a run's folder or of a file, which are those of all of the network or of its part
+    `inner` alone. What has one of `last` in its name and another shape there stays as it was built.
+
+    Raises:
+        ValueError, OSError: they are not there, or are another network's.
+    """
+    path = Path(what).expanduser()
+    names = ("best.safetensors", "weights.safetensors")
+    path = next((path / name for name in names if (path / name).is_file()), path)
+    state, own = own_state(network, path), network.state_dict()
+    if own.keys() <= state.keys():
+        kept = {k for k in own if any(part in k for part in last) and state[k].shape != own[k].shape}
+        fill(network, {**state, **{key: own[key] for key in kept}}, str(path))
+        return
+    inner = getattr(inner, "model", inner)
+    own = inner.state_dict()
+    fill(inner, {key: value for key, value in own_state(inner, path).items() if key in own}, str(path))
 
 
 def _read(path: str) -> Any:

@@ -30,7 +30,7 @@ def over(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
     return (0.6 * colours + 0.4 * grey).astype(np.uint8)
 
 
-def class_bars(names: Sequence[str], shares: Sequence[float]) -> Image.Image:
+def class_bars(names: Sequence[str], shares: Sequence[float], label: str = "IoU, %") -> Image.Image:
     """A bar for every class, from the largest share to the smallest; NaN at the end without one."""
     ranked = sorted(range(len(names)), key=lambda i: -shares[i] if shares[i] == shares[i] else 2.0)
     figure = Figure(figsize=(6, 0.8 + 0.22 * len(names)), dpi=110, layout="constrained")
@@ -55,7 +55,7 @@ def class_bars(names: Sequence[str], shares: Sequence[float]) -> Image.Image:
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
     axes.set_ylim(len(ranked) - 0.4, -0.6)
-    axes.set_xlabel("IoU, %")
+    axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     return figure_image(figure)
 

@@ -43,8 +43,10 @@ class Optim:
     clip: float | None = None
     """Largest norm of all gradients together; None: no clipping."""
     sched: str = "cosine"
-    """cosine, poly (power 0.9), tanh, step (a tenth every 90 epochs), as timm's, or rsqrt (falls with
-    1 / sqrt(t))."""
+    """cosine, poly (power 0.9), tanh, step (a tenth every 90 epochs), multistep (a tenth at every milestone),
+    as timm's, or rsqrt (falls with 1 / sqrt(t))."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the rate falls with sched="multistep"."""
     per: Literal["epoch", "update"] = "epoch"
     """Whether the rate stands still during an epoch, as in the papers' code, or changes at every update."""
     hold: int = 1
@@ -176,6 +178,11 @@ class Run:
             raise ValueError(
                 f"optim.warmup: expected whole epochs with optim.per epoch, got {o.warmup:g}; use "
                 "optim.per update"
+            )
+        if bool(o.milestones) != (o.sched == "multistep") or list(o.milestones) != sorted({*o.milestones}):
+            raise ValueError(
+                "optim.milestones: expected rising epochs with optim.sched multistep, none with others, got "
+                f"{o.milestones} with {o.sched}; use 8 11 for example"
             )
         parts = {f"{name}.": part for name, part in vars(self).items() if dataclasses.is_dataclass(part)}
         for prefix, part in {"": self, **parts}.items():

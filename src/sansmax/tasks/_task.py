@@ -10,6 +10,7 @@
 Classification, whose network and teacher are looked for by train, has the Recipe alone.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -60,6 +61,16 @@ class Trained:
         where = pick_device(device)
         return replace(self, model=self.model.to(where), device=where)
 
+    def mark(self, *how: Any) -> str:
+        """A digest of the weights and of how the network is used."""
+        found = hashlib.blake2b(repr(how).encode(), digest_size=16)
+        for name, value in self.model.state_dict().items():
+            found.update(name.encode())
+            found.update(
+                value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value).encode()
+            )
+        return found.hexdigest()
+
 
 class Task:
     """Data, loss and evaluation of a run.
@@ -83,6 +94,11 @@ class Task:
     train_size: int
     val_size: int
     skipped: list[dict[str, str]]
+
+    @property
+    def used(self) -> int:
+        """Held-out samples that could be evaluated."""
+        return self.val_size - len(self.skipped)
 
     @property
     def score(self) -> str:

@@ -1,6 +1,5 @@
 """Which class every pixel of an image belongs to."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .. import models
 from ..models._dense import Dense
 from ..models._eanet import EANet
-from ..models._published import fill, own_state
+from ..models._published import begin_with
 from ._data._decode import reason, to_rgb
 from ._data.crops import Masked, Pixels
 from ._data.draws import Part
@@ -218,19 +217,7 @@ def load_weights(model: EANet | Dense, recipe: Recipe) -> None:
             donor = donor.encoder
         inner.load_state_dict(donor.state_dict())
         return
-    path = Path(what).expanduser()
-    names = ("best.safetensors", "weights.safetensors")
-    path = next((path / name for name in names if (path / name).is_file()), path)
-    state, own = own_state(model, path), model.state_dict()
-    if own.keys() <= state.keys():
-        last = "fc." if isinstance(model, EANet) else "head."
-        if state[f"{last}bias"].shape != own[f"{last}bias"].shape:
-            state |= {key: value for key, value in own.items() if key.startswith(last)}
-        fill(model, state, str(path))
-        return
-    inner = getattr(inner, "model", inner)
-    own = inner.state_dict()
-    fill(inner, {key: value for key, value in own_state(inner, path).items() if key in own}, str(path))
+    begin_with(model, inner, what, ("fc.",) if isinstance(model, EANet) else ("head.",))
 
 
 def predict(
@@ -267,7 +254,8 @@ def predict(
         window=own.window if window is None else window,
         stride=own.stride if window is None and stride is None else stride,
     ).checked()
-    images, mark = names_of(source, out), _mark(trained, recipe)
+    images = names_of(source, out)
+    mark = trained.mark(trained.classes, recipe.scales, recipe.eval_flip, recipe.window, recipe.stride)
     trained = trained.on(device)
     skipped, kept = [], 0
     out.mkdir(parents=True, exist_ok=True)
@@ -294,16 +282,3 @@ def predict(
         )
     told = f", {len(skipped)} unreadable, listed in {out / 'skipped.json'}" if skipped else ""
     print(f"{out}: {len(images) - len(skipped)} masks, {kept} of them from before{told}")
-
-
-def _mark(trained: Trained, recipe: Recipe) -> str:
-    """Of the weights and of how images are looked at."""
-    found = hashlib.blake2b(digest_size=16)
-    how = (trained.classes, recipe.scales, recipe.eval_flip, recipe.window, recipe.stride)
-    found.update(repr(how).encode())
-    for name, value in trained.model.state_dict().items():
-        found.update(name.encode())
-        found.update(
-            value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value).encode()
-        )
-    return found.hexdigest()

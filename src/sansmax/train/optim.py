@@ -15,7 +15,7 @@ from .recipe import Run
 
 __all__ = ["average", "optimizer", "schedule"]
 
-SCHEDULES = ("cosine", "poly", "rsqrt", "step", "tanh")
+SCHEDULES = ("cosine", "multistep", "poly", "rsqrt", "step", "tanh")
 # They need a package or a GPU, second derivatives, or keep what a saved state does not hold.
 UNFIT = ["bnb*", "fused*", "adahessian", "*adafactorbv*", "madgrad*", "kron*"]
 POLY_POWER = 0.9  # timm's own is the 0.1 of sched="step"
@@ -93,6 +93,7 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Run, updates: int) -> Sch
         num_epochs=recipe.epochs if per_epoch else max(2, recipe.epochs * updates),
         warmup_epochs=round(wanted.warmup * unit),
         decay_epochs=STEP_EPOCHS * unit,
+        decay_milestones=[epoch * unit + 1 for epoch in wanted.milestones],  # timm's fall one before theirs
         decay_rate=POLY_POWER if known == "poly" else 0.1,
         warmup_lr=wanted.warmup_lr,
         min_lr=wanted.min_lr,

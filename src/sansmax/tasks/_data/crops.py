@@ -19,7 +19,7 @@ from .batches import TRIES, Noted, Plan
 from .draws import Part
 from .masks import IGNORED, Scenes
 
-__all__ = ["Masked", "Pixels", "crop"]
+__all__ = ["Masked", "Pixels", "crop", "listed", "loader", "read_or_note"]
 
 PIXELS = 2**20  # of the images that are evaluated at a time, at most, unless one has more
 
@@ -88,7 +88,7 @@ class Crops(Dataset[Any]):
         failures: list[tuple[str, str]] = []
         for offset in range(min(TRIES, len(self.scenes))):
             index = (position + offset) % len(self.scenes)
-            if (found := _read(self.scenes, index, failures)) is not None:
+            if (found := read_or_note(self.scenes, index, failures)) is not None:
                 return *crop(*found, self.size, self.rescale, self.hflip, seed), failures
         return None, None, failures
 
@@ -104,16 +104,15 @@ class Whole(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         failures: list[tuple[str, str]] = []
-        found = _read(self.scenes, position, failures)
+        found = read_or_note(self.scenes, position, failures)
         if found is None:
             return None, None, failures
         image, mask = map(torch.from_numpy, found)
         return image.permute(2, 0, 1).contiguous(), (mask, position), failures
 
 
-def _read(
-    scenes: Scenes, index: int, failures: list[tuple[str, str]]
-) -> tuple[np.ndarray, np.ndarray] | None:
+def read_or_note(scenes: Any, index: int, failures: list[tuple[str, str]]) -> Any:
+    """What scenes.read(index) gives, or None; then failures have its name and the reason."""
     try:
         with warnings.catch_warnings():  # PIL warns of odd metadata in images that it reads well
             warnings.simplefilter("ignore")
@@ -123,10 +122,21 @@ def _read(
         return None
 
 
-def _listed(items: list[Any]) -> tuple[list[Any] | None, list[Any], list[tuple[str, str]]]:
+def listed(items: list[Any]) -> tuple[list[Any] | None, list[Any], list[tuple[str, str]]]:
     there = [(image, rest) for image, rest, _ in items if image is not None]
     failures = [failure for *_, failed in items for failure in failed]
     return [image for image, _ in there] or None, [rest for _, rest in there], failures
+
+
+def loader(samples: Any, keys: Any, workers: int, persistent: bool) -> DataLoader[Any]:
+    """Of samples that give an image or None, the rest, and failures; `keys` are the batches."""
+    return DataLoader(
+        samples,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=listed,
+        persistent_workers=persistent and workers > 0,
+    )
 
 
 class Pixels:
@@ -145,7 +155,7 @@ class Pixels:
         self.train_scenes, self.val_scenes, self.workers, self.device = train, val, workers, device
         self.skipped: list[dict[str, str]] = []
         self._plan = Plan(len(train), 1)
-        self._train = self._loader(Crops(train, size, rescale, hflip), self._plan, True)
+        self._train = loader(Crops(train, size, rescale, hflip), self._plan, workers, True)
 
     def train(self, epoch: int, update: int, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Views (B, 3, *size), normalised, and masks (B, *size), on the device."""
@@ -157,10 +167,9 @@ class Pixels:
     def val(self, rank: int, world: int, batch_size: int) -> Iterator[Masked]:
         """Held-out images; neighbours of one size come together."""
         index = torch.arange(len(self.val_scenes))[rank::world]
-        loader = self._loader(
-            Whole(self.val_scenes), [some.tolist() for some in index.split(batch_size)], False
-        )
-        noted: Any = Noted(loader, self.skipped, self.val_scenes.title, some=world == 1)
+        keys = [some.tolist() for some in index.split(batch_size)]
+        batches = loader(Whole(self.val_scenes), keys, self.workers, False)
+        noted: Any = Noted(batches, self.skipped, self.val_scenes.title, some=world == 1)
         for images, rest in noted:
             items = list(zip(images, rest, strict=True))
             for shape, same in groupby(items, lambda item: item[0].shape):
@@ -174,12 +183,3 @@ class Pixels:
                         torch.stack(masks).to(self.device),
                         torch.tensor(positions),
                     )
-
-    def _loader(self, scenes: Any, keys: Any, persistent: bool) -> DataLoader[Any]:
-        return DataLoader(
-            scenes,
-            batch_sampler=keys,
-            num_workers=self.workers,
-            collate_fn=_listed,
-            persistent_workers=persistent and self.workers > 0,
-        )

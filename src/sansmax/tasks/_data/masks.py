@@ -16,7 +16,7 @@ from ._decode import reason, to_rgb
 from .draws import order
 from .folder import files_of, held_out, some
 
-__all__ = ["IGNORED", "MOST", "Scenes", "open_scenes"]
+__all__ = ["IGNORED", "MOST", "VOC", "Scenes", "inside", "open_scenes"]
 
 IGNORED, OUTSIDE = 255, 254  # of a mask in memory: no class, and a value that is none of the set's
 MOST = 254  # classes
@@ -163,14 +163,14 @@ def open_scenes(data: MaskData) -> tuple[Scenes, Scenes]:
                 f"data.root: expected a folder, got {'a file' if root.is_file() else 'nothing'} at {root}; "
                 f"give the path of VOCdevkit/VOC2012, of ADEChallengeData2016, or of {LAYOUTS}"
             )
-        voc = _inside(root, ("VOC2012", "VOCdevkit/VOC2012"), "ImageSets/Segmentation")
-        ade = _inside(root, ("ADEChallengeData2016",), "annotations/training")
+        voc = inside(root, ("VOC2012", "VOCdevkit/VOC2012"), "ImageSets/Segmentation")
+        ade = inside(root, ("ADEChallengeData2016",), "annotations/training")
         found = _voc(voc, data) if voc else _ade(ade, data) if ade else _folder(root, data)
     train, val = found
     return train.first(data.num_samples), val.first(data.val_samples)
 
 
-def _inside(root: Path, below: Iterable[str], sign: str) -> Path | None:
+def inside(root: Path, below: Iterable[str], sign: str) -> Path | None:
     return next((path for path in (root, *(root / name for name in below)) if (path / sign).is_dir()), None)
 
 
