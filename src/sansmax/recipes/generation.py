@@ -1,0 +1,38 @@
+"""Any mechanism in the middle of a small generator and discriminator of digits."""
+
+from .. import _find
+from ..tasks._recipes.generation import Recipe
+from ..train.recipe import Optim
+
+__all__ = ["generation"]
+
+RUNS = {f"generation_{name}": (name,) for name in _find.names("sansmax.layers")}
+
+
+def generation(mechanism: str) -> Recipe:
+    """x"""
+    return Recipe(
+        mechanism=mechanism,
+        model_args={
+            "widths": (64, 64),
+            "discriminator_widths": (64, 64),
+            "halvings": 1,
+            "attention_after": 1,
+        },
+        latent_dim=32,
+        d_steps=1,
+        hflip=0.0,
+        epochs=80,
+        batch_size=64,
+        optim=Optim(
+            opt="adam",
+            lr=4e-4,
+            lr_batch=None,
+            weight_decay=0.0,
+            betas=(0.0, 0.999),
+            per="update",
+            warmup=0,
+            min_lr=4e-4,
+            ema=0.99,
+        ),
+    )
