@@ -16,7 +16,7 @@ from ._data.draws import order
 __all__ = ["Features", "Inception", "OwnClassifier", "fidelity"]
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
-IMAGES, EPOCHS, BATCH, RATE = 150_000, 20, 64, 3e-3  # of the classifier: at most so many, so often
+IMAGES, EPOCHS, BATCH, RATE = 100_000, 20, 64, 3e-3  # of the classifier: at most so many, so often
 
 
 class Features(Protocol):
@@ -86,7 +86,7 @@ class OwnClassifier:
     """A small convolutional network that learns the classes of the training images: of each resolution down
     to 4 x 4 a convolution, batch norm and ReLU; features are the means over the last map.
 
-    It sees at most 150,000 images, each at most 20 times, in an order that follows from the seed alone. All
+    It sees at most 100,000 images, each at most 20 times, in an order that follows from the seed alone. All
     processes have the first one's weights.
     """
 
