@@ -267,7 +267,8 @@ class GAN(nn.Module):
         generator gets no gradient. Of the generator's: of what is generated; the discriminator gets none."""
         if turn.images is None:
             fakes = self.generator(turn.noise, turn.wanted)
-            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            named = self.discriminator.named_parameters()
+            frozen: dict[str, Tensor] = {name: nn.Parameter(p.detach(), False) for name, p in named}
             return functional_call(self.discriminator, frozen, (fakes, turn.wanted))
         with torch.no_grad():
             fakes = self.generator(turn.noise, turn.wanted)

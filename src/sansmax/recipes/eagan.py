@@ -41,8 +41,8 @@ def eagan(mechanism: str, data: str) -> Recipe:
     rates, no average of the weights, mirror images.
 
     Cost: not measured; a GPU.
-    To reach: StudioGAN's SAGAN has FID 14.0 and IS 8.7 on CIFAR-10, FID 51.4 and IS 8.3 on Tiny ImageNet. Those
-    with External Attention are in the paper, whose code for them was never released.
+    To reach: StudioGAN's SAGAN has FID 14.0 and IS 8.7 on CIFAR-10, FID 51.4 and IS 8.3 on Tiny ImageNet.
+    With External Attention: the paper's figures, whose code was never released.
 
     Inferred: where External Attention stands (where SAGAN has attention), its sum (gamma times, from 0), a
     spectral norm on its query and output layers and none on its memories. SAGAN's own softmax layer has
