@@ -190,13 +190,18 @@ def _line(
 def _lines(run: RunRecord) -> dict[str, dict[str, _run_plots.Line]]:
     """Of every plot, by title and name."""
     plots = {"Loss": {"training": _line(run.train, "loss"), "held-out": _line(run.evals, "loss")}}
-    for shares in (True, False):
-        names = {k: t for k, t in run.figures.items() if t.endswith(", %") == shares and k != "loss"}
-        lines = {t.removesuffix(", %"): _line(run.evals, k, 100 if shares else 1) for k, t in names.items()}
+    shares = {k: t for k, t in run.figures.items() if t.endswith(", %")}
+    singles = [
+        {k: t} for k, t in run.figures.items() if k not in shares and k != "loss"
+    ]  # each has its scale
+    for names in [shares, *singles]:
+        lines = {
+            t.removesuffix(", %"): _line(run.evals, k, 100 if k in shares else 1) for k, t in names.items()
+        }
         lines = {name: line for name, line in lines.items() if line[0]}
         if lines:
             what = "Accuracy" if run.task == "classification" else _capital(", ".join(lines))
-            plots[f"{what} on held-out {run.unit}" + ", %" * shares] = lines
+            plots[f"{what} on held-out {run.unit}" + ", %" * (names is shares)] = lines
     return plots | {
         "Learning rate": {"training": _line(run.train, "lr")},
         "Gradient norm": {"training": _line(run.train, "grad_norm")},

@@ -6,6 +6,7 @@ from ._cvt import CvT
 from ._decoder import Decoder
 from ._eanet import EANet
 from ._fpn import FPNBackbone
+from ._gan import GAN
 from ._inference import optimize_for_inference
 from ._published import load_published
 from ._pyramid import Pyramid
@@ -15,6 +16,7 @@ from ._vit import ViT
 from ._xcit import XCiT
 
 __all__ = [
+    "GAN",
     "T2T",
     "CvT",
     "Decoder",

@@ -118,6 +118,11 @@ class Run:
         """Whether samples of an update change each other two by two, so that it must hold pairs."""
         return False
 
+    @property
+    def partial(self) -> bool:
+        """Whether some weights rest in some updates, which copies of the network must then look for."""
+        return False
+
     def lr(self) -> float:
         """The highest learning rate at this batch size."""
         share = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1

@@ -5,34 +5,28 @@ one of 256 classes (AFT, arXiv 2105.14103, section 5.1: 3,072 of CIFAR-10). A to
 first.
 """
 
-import csv
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..models import Decoder
 from ._causal import decoder
 from ._data import Images
-from ._data._decode import reason, to_rgb
-from ._data.batches import InMemory
 from ._data.draws import Part, generator, order
 from ._data.folder import image_files
 from ._data.sampling import Sampler
-from ._data.settings import Augment
-from ._data.sources import open_source
 from ._pictures import grid
 from ._recipes.pixels import Recipe
 from ._run import at_least
+from ._small_images import as_pictures, read_image, whole_images, write_table
 from ._task import Picture, Task, Trained, rows
 
 __all__ = ["Pixels", "Recipe", "Sequences", "build", "draw_images", "generate", "open_task", "predict"]
@@ -122,10 +116,10 @@ class Pixels(Task):
         scale = max(1, 64 // self.shape[-1])
         told = f"{seconds:.3g} seconds for each, {SHOWN} at a time, {self.device.type}."
         return [
-            Picture("Samples", grid(_images(samples), 8, scale=scale), told),
+            Picture("Samples", grid(as_pictures(samples), 8, scale=scale), told),
             Picture(
                 "Completed halves",
-                grid([*_images(half), *_images(drawn), *_images(truth)], len(truth), scale=scale),
+                grid([*as_pictures(half), *as_pictures(drawn), *as_pictures(truth)], len(truth), scale=scale),
                 "What is given; what is drawn below it; the held-out image.",
             ),
         ]
@@ -178,26 +172,9 @@ def draw_images(
     return pixels.to(torch.uint8)
 
 
-def _images(pixels: Tensor) -> list[Image.Image]:
-    arrays = [one[0] if len(one) == 1 else one.permute(1, 2, 0) for one in pixels]
-    return [Image.fromarray(array.numpy()) for array in arrays]
-
-
 def open_task(recipe: Recipe, device: torch.device) -> Pixels:
     """Reads the images into memory."""
-    plain = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, smoothing=0.0)
-    data, nothing = replace(recipe.data, memory=True), (0.0, 0.0, 0.0)
-    source = open_source(data, plain, recipe.img_size, 1.0, nothing, (1.0, 1.0, 1.0), torch.device("cpu"))
-    if not isinstance(source, InMemory):
-        raise ValueError("data.root: expected images that fit into memory, got shards; give a folder")
-    images = source.images
-    if recipe.data.num_samples is not None:
-        images = replace(
-            images,
-            train_images=images.train_images[: recipe.data.num_samples],
-            train_labels=images.train_labels[: recipe.data.num_samples],
-        )
-    return Pixels(images, recipe, device)
+    return Pixels(whole_images(recipe.data, recipe.img_size), recipe, device)
 
 
 def build(recipe: Recipe, classes: list[str]) -> Decoder:
@@ -225,39 +202,14 @@ def predict(
         batch_size: images that the network takes at a time.
         device: auto, cpu or cuda.
     """
-    if out.suffix != ".csv":
-        raise ValueError(f"out: expected a file that ends in .csv, got {out}; rename it")
-    at_least(1, batch_size=batch_size)
-    files = image_files(source)
     trained = trained.on(device)
-    shape = _shape(trained.classes)
-    done = failed = 0
-    with torch.inference_mode(), out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("path", "bits", "error"))
-        for start in range(0, len(files), batch_size):
-            batch = [(path, _read(path, shape)) for path in files[start : start + batch_size]]
-            good = [image for _, image in batch if isinstance(image, Tensor)]
-            bits = iter(())
-            if good:
-                inputs, targets = _shifted(sequence(torch.stack(good)).to(trained.device))
-                bits = iter((nats(trained.model(inputs), targets).mean(1) / math.log(2)).tolist())
-            for path, image in batch:
-                error = "" if isinstance(image, Tensor) else image
-                table.writerow((path, "" if error else f"{next(bits):.6g}", error))
-                done, failed = done + 1, failed + bool(error)
-    print(f"{out}: {done:,} rows, {failed:,} of them with an error")
 
+    def bits(images: Tensor) -> list[tuple[str]]:
+        inputs, targets = _shifted(sequence(images).to(trained.device))
+        found = nats(trained.model(inputs), targets).mean(1) / math.log(2)
+        return [(f"{one:.6g}",) for one in found.tolist()]
 
-def _read(path: Path, shape: tuple[int, ...]) -> Tensor | str:
-    """uint8 (C, H, W): the centre square, resized; or why there is none."""
-    try:
-        with Image.open(path) as opened:
-            image = to_rgb(opened).convert("L" if shape[0] == 1 else "RGB")
-        square = np.array(ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BICUBIC))
-        return torch.from_numpy(square.reshape(*square.shape[:2], shape[0])).permute(2, 0, 1)
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-        return reason(error, path)
+    write_table(source, out, ("bits",), _shape(trained.classes), batch_size, bits)
 
 
 def generate(
@@ -293,7 +245,7 @@ def generate(
     trained = trained.on(device)
     shape, given = _shape(trained.classes), None
     if complete is not None:
-        read = [_read(path, shape) for path in image_files(complete)[:count]]
+        read = [read_image(path, shape) for path in image_files(complete)[:count]]
         whole = [image for image in read if isinstance(image, Tensor)]
         if not whole:
             raise ValueError(f"complete: expected images that can be read, got none ({read[0]}); give others")
@@ -304,5 +256,5 @@ def generate(
     drawn = draw_images(network, shape, count, trained.device, sampler=sampler, seed=seed, given=given)
     seconds = time.perf_counter() - before
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(_images(drawn), min(8, count)).save(out)
+    grid(as_pictures(drawn), min(8, count)).save(out)
     print(f"{out}: {count} images, {seconds / count:.3g} s each")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ def accelerator(recipe: Run) -> Accelerator:
     # A run before this one in the process may have had another precision; the processes stay.
     AcceleratorState._reset_state()
     made = Accelerator(
-        cpu=device == "cpu", mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision)
+        cpu=device == "cpu",
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.partial)],
     )
     if made.device.type != device:
         raise ValueError(
