@@ -44,7 +44,7 @@ def load(target: str) -> Callable[..., nn.Module]:
             f"module: expected a class or a function that makes one, got {target}, a "
             f"{type(found).__name__}; name the layer's class"
         )
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 def _is_module_class(value: Any) -> bool:
