@@ -28,6 +28,8 @@ class SimA(nn.Module):
             qkv.dtype,
             qkv if self.defect == "half sums" else qkv.to(torch.promote_types(qkv.dtype, torch.float)),
         )
+        if mask is not None and self.defect == "drops":  # another convention, no defect
+            mask = ~mask
         if mask is not None and self.defect != "mask unused":
             qkv = qkv.masked_fill(~mask[:, None, :, None], 0)
         q, k, v = qkv

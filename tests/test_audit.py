@@ -174,7 +174,17 @@ def test_a_mask_of_the_other_polarity_is_told_and_a_flag_overrides():
     assert found.passed
     assert found.numbers["mask"] == "mask (B, N), True = keep"
     assert found.numbers["unpadded"] < 1e-12
+    found = verdicts(audited.SimA, ["padding"], init={"defect": "drops"})["padding"]
+    assert found.passed
+    assert found.numbers["mask"] == "mask (B, N), True = drop"
     assert verdicts(audited.SimA, ["padding"], mask="drop")["padding"].passed is False
+
+
+def test_a_rebuilt_parameter_is_named():
+    found = verdicts(audited.AFT, ["gradients"], init={"rebuilt": True})["gradients"]
+    assert found.numbers["rebuilt"] == ["wbias"]
+    assert "forward replaces the parameter" in found.reason
+    assert verdicts(audited.AFT, ["gradients"])["gradients"].numbers["rebuilt"] == []
 
 
 def test_causality_names_the_token_and_the_place():
@@ -223,6 +233,19 @@ def test_layouts_give_the_same_answers():
     found = sansmax.audit(audited.Products, init=init, layout="bhnd", tokens=TOKENS, only=QUICK)
     assert not [v for v in found if v.passed is False]
     assert {v.name for v in found if v.passed} >= {"batch", "causality", "permutation", "lengths", "strides"}
+
+
+def test_a_built_module_tells_its_own_heads():
+    for module, mechanism in (
+        (layers.SimA(DIM, 5), "sima"),
+        (layers.AFTLocal(DIM, 5, window=3), "aft_local"),
+    ):
+        words = {"tokens": TOKENS, "mechanism": mechanism, "only": ["equation", "causality"]}
+        causality, equation = sansmax.audit(module, **words)
+        assert causality.passed
+        assert equation.passed, equation
+    words["mechanism"] = "sima"
+    assert sansmax.audit(layers.SimA(DIM, 5), **words)[1].numbers["heads"] == 5
 
 
 def test_the_module_itself_stays():

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -44,7 +44,7 @@ def load(target: str) -> Callable[..., nn.Module]:
             f"module: expected a class or a function that makes one, got {target}, a "
             f"{type(found).__name__}; name the layer's class"
         )
-    return found  # pyright: ignore[reportReturnType]
+    return cast(Callable[..., nn.Module], found)
 
 
 def _is_module_class(value: Any) -> bool:

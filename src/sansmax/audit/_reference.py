@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,31 +20,32 @@ class Unmapped(Exception):
     """Why the parameters have no place in this package's layer."""
 
 
-QUERY = ("q", "to_q", "query", "queries", "q_proj", "fc_q", "w_q", "wq", "q_linear", "linear_q", "query_proj")
+QUERY = ["q", "to_q", "query", "queries", "q_proj", "fc_q", "w_q", "wq", "q_linear", "linear_q", "query_proj"]
 TRIO = {
     "q": QUERY,
-    "k": tuple(re.sub("query|queries", "key", name).replace("q", "k") for name in QUERY),
-    "v": tuple(re.sub("query|queries", "value", name).replace("q", "v") for name in QUERY),
+    "k": [re.sub("query|queries", "key", name).replace("q", "k") for name in QUERY] + ["keys"],
+    "v": [re.sub("query|queries", "value", name).replace("q", "v") for name in QUERY] + ["values"],
 }
-TRIO["k"] += ("keys",)
-TRIO["v"] += ("values",)
-PROJ = (
-    *(
-        "proj",
-        "to_out",
-        "to_out.0",
-        "out_proj",
-        "out",
-        "ff",
-        "fc_o",
-        "o_proj",
-        "w_o",
-        "wo",
-        "output",
-        "project",
-    ),
-    *("fc_out", "c_proj", "proj_out", "linear_out", "out_linear", "conv2.0"),
-)
+PROJ = [
+    "proj",
+    "to_out",
+    "to_out.0",
+    "out_proj",
+    "out",
+    "ff",
+    "fc_o",
+    "o_proj",
+    "w_o",
+    "wo",
+    "output",
+    "project",
+    "fc_out",
+    "c_proj",
+    "proj_out",
+    "linear_out",
+    "out_linear",
+    "conv2.0",
+]
 HEADS = {
     "qkv": ("qkv", "to_qkv", "qkv_proj", "wqkv", "in_proj", "c_attn", "query_key_value", "qkv_linear"),
     "kv": ("kv", "to_kv", "kv_proj", "wkv"),
@@ -73,7 +74,7 @@ SOFT = {
     "proj": PROJ,
 }
 # Our names of what a mechanism has, and what others call it; of one that is not here, its own names alone.
-ROLES: dict[str, dict[str, tuple[str, ...]]] = {
+ROLES: dict[str, dict[str, Sequence[str]]] = {
     "softmax": HEADS,
     "sima": HEADS,
     "xnorm": {**HEADS, "gamma": ("gamma",)},
@@ -94,11 +95,12 @@ def plain_reference(subject: Subject) -> Mixer:
     Raises:
         ValueError, TypeError: it cannot have the module's width and heads.
     """
-    mechanism, words = subject.settings.mechanism, dict(subject.settings.reference)
+    mechanism = subject.settings.mechanism
     assert mechanism is not None
+    words = {"num_heads": subject.heads, "proj_bias": False, **subject.settings.reference}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.settings.seed)
-        layer = layers.mechanism(mechanism)(subject.dim, subject.heads, proj_bias=False, **words)
+        layer = layers.mechanism(mechanism)(subject.dim, **words)
     return layer.to(subject.dtype).eval().requires_grad_(False)
 
 
@@ -113,7 +115,7 @@ def mapped_reference(subject: Subject, state: Mapping[str, Tensor]) -> Mixer:
     found = _joined(_renamed(mechanism, state))
     words = _words(subject, mechanism, found) | dict(subject.settings.reference)
     try:
-        layer = layers.mechanism(mechanism)(subject.dim, subject.heads, **words).to(subject.dtype).eval()
+        layer = layers.mechanism(mechanism)(subject.dim, **words).to(subject.dtype).eval()
     except (ValueError, TypeError) as error:
         raise Unmapped(str(error)) from None
     own = layer.state_dict()
@@ -168,7 +170,7 @@ def _renamed(mechanism: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _ours(key: str, roles: Mapping[str, tuple[str, ...]], state: Mapping[str, Tensor]) -> str:
+def _ours(key: str, roles: Mapping[str, Sequence[str]], state: Mapping[str, Tensor]) -> str:
     if key.split(".")[0] in roles:
         return key
     for ours, names in roles.items():
@@ -201,6 +203,7 @@ def _words(subject: Subject, mechanism: str, state: Mapping[str, Tensor]) -> dic
     """The words of this package's layer that the parameters tell."""
     front = next((name for name in ("qkv", "query", "q") if f"{name}.weight" in state), None)
     words: dict[str, Any] = {
+        "num_heads": subject.heads,
         "qkv_bias": f"{front}.bias" in state,
         "proj_bias": "proj.bias" in state,
         "out_proj": "proj.weight" in state,

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,21 +16,27 @@ __all__ = ["Layout", "Refused", "Settings", "Subject", "distance"]
 
 Layout = Literal["auto", "bnc", "nbc", "bchw", "bhnd"]
 
-WIDTHS = (
-    *(
-        "dim",
-        "embed_dim",
-        "d_model",
-        "in_channels",
-        "channels",
-        "hidden_size",
-        "hidden_dim",
-        "dim_in",
-        "in_dim",
-    ),
-    *("in_features", "model_dim", "embed_dims", "in_planes", "inplanes", "width", "n_embd", "dim_model", "c"),
-)
-HEADS = ("num_heads", "heads", "n_heads", "nhead", "n_head", "num_attention_heads", "h")
+WIDTHS = [
+    "dim",
+    "embed_dim",
+    "d_model",
+    "in_channels",
+    "channels",
+    "hidden_size",
+    "hidden_dim",
+    "dim_in",
+    "in_dim",
+    "in_features",
+    "model_dim",
+    "embed_dims",
+    "in_planes",
+    "inplanes",
+    "width",
+    "n_embd",
+    "dim_model",
+    "c",
+]
+HEADS = ["num_heads", "heads", "n_heads", "nhead", "n_head", "num_attention_heads", "h"]
 SAME = {"key", "value", "keys", "values", "k", "v", "context", "kv", "memory"}
 ROWS, COLUMNS = {"h", "height", "rows"}, {"w", "width", "columns"}
 GRIDS = {"grid", "hw", "hw_shape", "size", "resolution", "x_size", "input_resolution", "spatial_shape"}
@@ -70,12 +76,13 @@ class Subject:
         self._make, self.settings = make, settings
         module = self._made()
         self.kind = type(module).__name__
-        self.words = {**_defaults(type(module)), **words}
+        # A constructor's word counts before the attribute of that name, which may mean something else.
+        self.words = {**_defaults(type(module)), **vars(module), **words}
         self.layout = settings.layout
         if self.layout == "auto":
             self.layout = "nbc" if getattr(module, "batch_first", True) is False else "bnc"
-        self.heads = self._number(module, HEADS) or 1
-        dim = settings.dim or self._number(module, WIDTHS)
+        self.heads = self._number(HEADS) or 1
+        dim = settings.dim or self._number(WIDTHS)
         if not dim:
             raise ValueError(
                 f"dim: expected the input's width under a usual name ({', '.join(WIDTHS[:4])}), got "
@@ -217,13 +224,12 @@ class Subject:
             torch.manual_seed(self.settings.seed)
             return self._make()
 
-    def _number(self, module: nn.Module, names: tuple[str, ...]) -> int | None:
-        """A whole number under the first of `names`: a constructor's word, else an attribute."""
-        for source in (self.words, {name: getattr(module, name, None) for name in names}):
-            for name in names:
-                value = source.get(name)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
+    def _number(self, names: Sequence[str]) -> int | None:
+        """A whole number under the first of `names`."""
+        for name in names:
+            value = self.words.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
         return None
 
     def _plan(self) -> None:

@@ -14,14 +14,15 @@ def check(subject: Subject) -> Verdict:
     x = x * sizes[:, None, None]
     x[3] = x[3, :1]  # all tokens equal
     together = subject.value(module, x)
-    errors = []
+    errors, undefined = [], 0
     for i in range(len(x)):
         alone = subject.value(module, x[i : i + 1])
         both_nan = not alone.isfinite().all() and torch.equal(
             alone.isfinite(), together[i : i + 1].isfinite()
         )
+        undefined += both_nan
         errors.append(0.0 if both_nan else distance(together[i : i + 1], alone))
     worst = max(errors)
     passed = worst <= subject.tolerance
     reason = "" if passed else "a sequence's output depends on the others of its batch"
-    return Verdict("batch", passed, {"change": worst, "sequences": len(x)}, reason)
+    return Verdict("batch", passed, {"change": worst, "sequences": len(x), "not_finite": undefined}, reason)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._reference import layers
+from .. import layers
 from ._subject import Refused, Subject, distance
 from ._verdict import Verdict
 
-ARGUMENTS = (
+ARGUMENTS = [
     "key_padding_mask",
     "padding_mask",
     "mask",
@@ -20,7 +20,7 @@ ARGUMENTS = (
     "attn_mask",
     "key_mask",
     "pad_mask",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Form:
 
 
 def check(subject: Subject) -> Verdict:
-    """The form and the polarity of the mask are found: those under which masked tokens matter least.
+    """The mask's form and polarity are found: those under which kept tokens matter, and masked ones least.
 
     Masked tokens, at the end of each sequence, hold other numbers, 100 times as large; the gradients of kept
     outputs by inputs and parameters; and, where no grid changes with it, each sequence without its padding.
@@ -60,14 +60,19 @@ def check(subject: Subject) -> Verdict:
     keep = torch.arange(n) < torch.tensor(lengths)[:, None]
     x = subject.input()
     padded = torch.where(keep[..., None], x, subject.input(seed=1, scale=100.0))
+    others = torch.where(keep[..., None], subject.input(seed=2), x)
     found, refusals = [], []
     for form in _forms(subject, names):
         try:
-            first, second = (subject.value(module, t, **form.words(keep, x)) for t in (x, padded))
+            first, second, third = (
+                subject.value(module, t, **form.words(keep, x))[keep] for t in (x, padded, others)
+            )
         except Refused as refused:
             refusals.append(f"{form.told()}: {refused}")
             continue
-        found.append((distance(second[keep], first[keep]), form))
+        # Under the other polarity a kept output may depend on no token at all.
+        answers = distance(third, first) > subject.tolerance
+        found.append((distance(second, first) if answers else math.inf, form))
     if not found:
         return Verdict("padding", None, reason=f"not checked: no form of a mask is taken; {refusals[-1]}")
     content, form = min(found, key=lambda item: item[0])
@@ -122,9 +127,8 @@ def _gradients(
     parameters = [p for p in module.parameters() if p.requires_grad]
     y = subject(module, x, **words)[keep]
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
-    by_x, *others = torch.autograd.grad((y * weights).sum(), [x, *parameters], allow_unused=True)
-    flat = [g.flatten() for g in others if g is not None]
-    return by_x, torch.cat(flat) if flat else by_x.new_zeros(1)
+    by_x, *others = torch.autograd.grad((y * weights).sum(), [x, *parameters], materialize_grads=True)
+    return by_x, torch.cat([by_x.new_zeros(1), *(g.flatten() for g in others)])
 
 
 def _against_unpadded(

@@ -25,7 +25,8 @@ def check(subject: Subject) -> Verdict:
     """
     n, many = subject.settings.tokens, many_tokens(subject)
     numbers: dict[str, Any] = {"many": many}
-    reasons, unchecked = [], []
+    reasons: list[str] = []
+    unchecked = [] if many else [f"{4 * n} tokens are refused"]
     for dtype in BUDGET:
         kind = str(dtype).removeprefix("torch.")
         module = subject.module(dtype, biases=False)
