@@ -549,5 +549,5 @@ def test_digits_are_found_beyond_their_places(tmp_path):
     optim = replace(recipe.optim, warmup=0.2)
     out = run(replace(recipe, data=data, optim=optim, epochs=2, device="cpu", out=str(tmp_path / "run")))
     baseline = constant_boxes(*open_objects(data, False))
-    assert 0 < baseline < 0.05
+    assert 0 < baseline < 0.08
     assert out.curve[-1]["map_50"] > 2 * baseline

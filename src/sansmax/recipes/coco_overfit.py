@@ -15,6 +15,9 @@ def coco_overfit(mechanism: str) -> Recipe:
         sansmax train coco_overfit --data.root coco --data.num-samples 16 --data.val-samples 16
 
     What a network cannot learn by heart it cannot learn: a check of data and settings.
+
+    Cost: 496 s of one CPU core with these 16 images.
+    To reach: mAP 91.6 on them, measured on 16 of COCO's training photos. More were not tried.
     """
     return Recipe(
         model="soft_tiny",

@@ -34,7 +34,8 @@ def drawn(image: np.ndarray, found: Found | Truth, names: list[str]) -> Image.Im
     font = ImageFont.truetype(
         str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size=12
     )
-    for i, (box, label) in enumerate(zip(scale * found.boxes, found.labels, strict=True)):
+    for i in reversed(range(len(found.labels))):  # the surest on top
+        box, label = scale * found.boxes[i], found.labels[i]
         colour = tuple(int(value) for value in colours[label])
         words: str = names[label]
         if isinstance(found, Found):
