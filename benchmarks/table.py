@@ -38,7 +38,8 @@ def rows_of(out: str, settings: dict[str, Any], rows: dict[str, Callable[[], dic
 
 def write(out: str, found: dict[str, Any]) -> None:
     """With what a figure must carry."""
-    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *given]
     found |= {"command": command, "commit": measure.commit(), "machine": measure.machine()}
     write_json(Path(out), found | {"versions": measure.versions()})
 
