@@ -3,8 +3,8 @@
     python benchmarks/camvid.py --root FOLDER --out results/camvid-cpu.json
 
 FOLDER holds train, trainannot, test and testannot, which are first reduced to 160 x 120. What is finished is
-kept: the same command goes on. The weights are those of the last epoch; all test images are looked at once,
-at the end.
+kept: the same command goes on. The weights are those of the last epoch, and nothing is chosen by the test
+images, of which twelve are scored after every epoch and all at the end.
 """
 
 import dataclasses
