@@ -9,6 +9,7 @@ from street_scenes import FPN, RUN, SMALL, data_of, streets
 from torch import nn
 
 from sansmax import layers, recipes
+from sansmax.bench.measure import count_flops
 from sansmax.models._dense import Dense
 from sansmax.models._eanet import EANet
 from sansmax.tasks import segmentation
@@ -36,6 +37,21 @@ def test_every_mechanism_has_its_recipes(mechanism):
         x = torch.randn(1, 3, 64, 64)
         assert network(x).shape == (1, 11, 64, 64)
         assert network(x[:, :, :50, :37]).shape == (1, 11, 50, 37)
+
+
+@pytest.mark.parametrize("mechanism", ["soft", "aft_full"])
+def test_a_crop_that_no_stride_divides_has_the_tables_of_what_is_seen(mechanism):
+    recipe = replace(recipes.recipe(f"camvid_{mechanism}"), crop_size=(72, 100))
+    network = segmentation.build(recipe, ["a", "b", "c"])
+    assert {m.grid for m in network.modules() if isinstance(m, layers.Mixer)} == {
+        (24, 32),
+        (12, 16),
+        (6, 8),
+        (3, 4),
+    }
+    seen = segmentation.build(replace(recipe, crop_size=(96, 128)), ["a", "b", "c"])
+    small, large = torch.zeros(1, 3, 72, 100), torch.zeros(1, 3, 96, 128)
+    assert count_flops(network, small) == count_flops(seen, large)
 
 
 @pytest.mark.parametrize(

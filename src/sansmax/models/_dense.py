@@ -49,7 +49,7 @@ class Dense(nn.Module):
         **words: Any,
     ) -> None:
         super().__init__()
-        self.encoder = encoder(network, mechanism, img_size, pretrained, words)
+        self.encoder = encoder(network, mechanism, _seen(*img_size), pretrained, words)
         strides = self.encoder.feature_info.reduction()
         if not set(STRIDES) <= set(strides):
             more = f"; use {network}_pyramid" if f"{network}_pyramid" in timm.list_models() else ""
@@ -65,7 +65,7 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, height, width) -> logits (B, num_classes, height, width)."""
         height, width = x.shape[2:]
-        whole = max(64, -(-height // 32) * 32), max(64, -(-width // 32) * 32)
+        whole = _seen(height, width)
         if whole != (height, width):
             x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
         maps = self.encoder(x)
@@ -87,6 +87,11 @@ def undecayed(features: Any, prefix: str) -> set[str]:
     inner = getattr(features, "model", features)
     names = getattr(inner, "no_weight_decay", lambda: set())()
     return {f"{prefix}{'model.' if inner is not features else ''}{name}" for name in names}
+
+
+def _seen(height: int, width: int) -> tuple[int, int]:
+    """The size to which an image is enlarged, so that every stride divides it."""
+    return max(64, -(-height // 32) * 32), max(64, -(-width // 32) * 32)
 
 
 def encoder(
