@@ -128,9 +128,9 @@ def _told(verdict: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, float):
-        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-    return f"{value:.3g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _write(out: Path, module: str, settings: dict[str, Any], verdicts: list[Any]) -> None:
