@@ -16,8 +16,8 @@ def detection(mechanism: str) -> Recipe:
         sansmax train detection_sima --out digits
         sansmax predict digits photos --out digits.json --pictures found
 
-    Nothing is fetched. `--data.root` names a folder in COCO's layout or a VOCdevkit; larger images want larger
-    `--short-sides` and `--anchor-sizes`.
+    Nothing is fetched. `--data.root` names a folder in COCO's layout or a VOCdevkit; larger images want
+    larger `--short-sides` and `--anchor-sizes`.
 
     Cost: 176 s of one CPU core (sima, with evaluation and report).
     To reach: mAP 45.9, mAP50 68.3, measured with sima; boxes at fixed places reach an mAP50 of 5.7.
