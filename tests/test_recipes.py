@@ -68,6 +68,7 @@ DEIT = {
     "optim.momentum": 0.9,
     "optim.clip": None,
     "optim.sched": "cosine",
+    "optim.milestones": [],
     "optim.per": "epoch",
     "optim.hold": 1,
     "optim.warmup": 5,
