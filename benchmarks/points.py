@@ -3,8 +3,8 @@
     python benchmarks/points.py modelnet10 --root FOLDER --out results/points-modelnet10-cpu.json
 
 FOLDER holds modelnet10_vox24.npz, psb_classes.npz and psb_parts.npz, laid out as docs/points.md says. What is
-finished is kept: the same command goes on. The weights are those of the last epoch, and
-nothing is chosen by the test clouds, of which 48 are scored after every epoch and all at the end.
+finished is kept: the same command goes on. The weights are those of the last epoch, and nothing is chosen by
+the test clouds, of which 48 are scored after every epoch and all at the end.
 """
 
 import dataclasses
