@@ -14,12 +14,16 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_examples_run(capsys):
-    first, networks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    first, networks, owned = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(first.strip().splitlines()) <= 13
     exec(first, {})
     assert capsys.readouterr().out == "torch.Size([2, 10])\n"
     exec(networks, {})
     assert capsys.readouterr().out == "[(192, 24, 32), (192, 12, 16), (192, 6, 8), (192, 3, 4)]\n"
+    made: dict = {}
+    exec(owned, made)
+    assert made["weights"].shape == (14, 14)
+    assert len(made["report"].swapped) == 10
 
 
 def test_every_network_is_in_the_table():
