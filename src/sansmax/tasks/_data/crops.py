@@ -89,7 +89,8 @@ class Crops(Dataset[Any]):
         for offset in range(min(TRIES, len(self.scenes))):
             index = (position + offset) % len(self.scenes)
             if (found := read_or_note(self.scenes, index, failures)) is not None:
-                return *crop(*found, self.size, self.rescale, self.hflip, seed), failures
+                image, mask = found
+                return *crop(image, mask, self.size, self.rescale, self.hflip, seed), failures
         return None, None, failures
 
 
