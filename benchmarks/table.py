@@ -30,7 +30,7 @@ def rows_of(out: str, settings: dict[str, Any], rows: dict[str, Callable[[], dic
         )
     for name, row in rows.items():
         if name not in found["rows"]:
-            found["rows"][name] = made = row()
+            found["rows"][name] = made = row() | {"commit": measure.commit()}
             write(out, found)
             print(name, json.dumps({k: v for k, v in made.items() if k != "curve"}), flush=True)
     return found
