@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from forked import run_recipe, together
 from PIL import Image
 from scipy.linalg import sqrtm
 
@@ -206,25 +205,6 @@ def test_an_update_that_is_not_finite_leaves_no_trace(tmp_path, monkeypatch, qui
     assert outcome.skipped == 1
     assert all(torch.equal(kept[3][name], kept[4][name]) for name in kept[3])
     assert all(tensor.isfinite().all() for tensor in outcome.network.state_dict().values())
-
-
-def test_two_processes_hold_the_same_weights(tmp_path, monkeypatch, quick):
-    together(2, paired, tiny(tmp_path / "two", epochs=1, optim={"ema": 0.5}))
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["train"] * 7 + ["eval"]
-    assert all(math.isfinite(line["loss"]) for line in lines[:-1])
-
-
-def paired(recipe):
-    """A run, whose weights are then compared."""
-    held = generation.build
-    made = []
-    generation.build = lambda *words: made.append(held(*words)) or made[-1]
-    run_recipe(recipe)
-    for parameter in made[0].parameters():
-        both = [torch.empty_like(parameter) for _ in range(2)]
-        torch.distributed.all_gather(both, parameter.detach())
-        assert torch.equal(*both)
 
 
 def test_without_classes(tmp_path, capsys, quick):

@@ -94,18 +94,18 @@ class OwnClassifier:
         channels, side = images.train_images.shape[1:3]
         depth = max(1, int(math.log2(side / 4)))
         widths = [channels, *(min(64, 16 * 2**i) for i in range(depth)), 64]
-        maps = [
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-                nn.MaxPool2d(2) if i < depth else nn.AdaptiveAvgPool2d(1),
-            )
-            for i, (before, after) in enumerate(pairwise(widths))
-        ]
         self.dim, self.device = widths[-1], device
         with torch.random.fork_rng():
             torch.manual_seed(seed)
+            maps = [
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                    nn.MaxPool2d(2) if i < depth else nn.AdaptiveAvgPool2d(1),
+                )
+                for i, (before, after) in enumerate(pairwise(widths))
+            ]
             self.trunk = nn.Sequential(*maps, nn.Flatten()).to(device)
             self.head = nn.Linear(self.dim, len(images.classes)).to(device)
         self._learn(images, seed)
