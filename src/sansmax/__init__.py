@@ -29,6 +29,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 
 if TYPE_CHECKING:
     from sansmax import layers, models
+    from sansmax.export import export_model
     from sansmax.models import create_model, load_published, optimize_for_inference
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "aft_simple_init_state",
     "aft_simple_step",
     "create_model",
+    "export_model",
     "external",
     "layers",
     "load_published",
@@ -69,4 +71,6 @@ def __getattr__(name: str) -> Any:
         return import_module(f"sansmax.{name}")
     if name in ("create_model", "load_published", "optimize_for_inference"):
         return getattr(import_module("sansmax.models"), name)
+    if name == "export_model":
+        return import_module("sansmax.export").export_model
     raise AttributeError(f"module 'sansmax' has no attribute {name!r}")

@@ -1,5 +1,8 @@
 """AFT-local: AFT-full whose position biases are 0 outside a window."""
 
+import math
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.aft import aft_local, aft_local_init_state, aft_local_step
@@ -55,6 +58,11 @@ class AFTLocal(PositionBiasMixer):
     def init_state(self, batch_size: int) -> AFTLocalState:
         weight = self.qkv.weight
         return aft_local_init_state(batch_size, self.dim, dtype=state_dtype(weight), device=weight.device)
+
+    def fixed_state(self, batch_size: int) -> AFTLocalState:
+        state, missing = self.init_state(batch_size), max(self.window - 1, 0)
+        padded = (F.pad(t, (0, 0, missing, 0), value=fill) for t, fill in ((state.k, -math.inf), (state.v, 0.0)))
+        return AFTLocalState(*state[:3], *padded, state.position)
 
     def state_size(self, n: int) -> int:
         return self.dim * (3 + 2 * min(n, max(self.window - 1, 0)))

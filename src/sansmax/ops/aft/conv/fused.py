@@ -131,7 +131,7 @@ def _by_convolution(
     if prefix:
         sums = torch.cat([x.sum(1, keepdim=True).expand(-1, prefix, -1), sums], 1)
     num, den = sums.split([heads * width, heads], -1)
-    high = w.detach().amax()
+    high = w.detach().max()
     lost = den < (high.clamp(min=0) + _LOWEST_SUM).exp()
     exact = ~(lost & (top > -torch.inf)).any() & (high <= _HIGHEST_W)
     return num.unflatten(-1, (heads, width)) / den.masked_fill(lost, 1).unsqueeze(-1), exact
