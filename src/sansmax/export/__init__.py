@@ -22,6 +22,7 @@ from ._int8 import KEPT, METHODS, Int8
 from ._latency import softmax_twin
 from ._runtime import Session
 from ._subject import Size, Subject, images, point_clouds, stream
+from ._tasks import of_run
 from ._write import Plan, write
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Subject",
     "export_model",
     "images",
+    "of_run",
     "point_clouds",
     "softmax_twin",
     "stream",

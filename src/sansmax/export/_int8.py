@@ -36,11 +36,13 @@ class Int8:
         calibration: inputs of the network, each a batch, that show which values its activations take.
         method: of choosing a range for them: minmax, entropy or percentile.
         keep: what stays in float, of KEPT.
+        skipped: of the calibration, what could not be read: path and reason.
     """
 
     calibration: Sequence[Tensor]
     method: str = "minmax"
     keep: tuple[str, ...] = ("products", "sums")
+    skipped: Sequence[dict[str, str]] = ()
 
     def __post_init__(self) -> None:
         pick("methods", self.method, METHODS)
@@ -88,6 +90,7 @@ def quantize(source: Path, target: Path, int8: Int8) -> dict[str, Any]:
         "kept": {kind: sum(one == kind for one in kinds.values()) for kind in int8.keep},
         "method": int8.method,
         "batches": len(int8.calibration),
+        "skipped": list(int8.skipped),
     }
 
 

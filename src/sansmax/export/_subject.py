@@ -143,15 +143,15 @@ class _Step(nn.Module):
 
 
 def _leaves(state: Any, name: str = "") -> list[tuple[str, Tensor]]:
-    """Of nested named tuples, with the names of their fields."""
-    if isinstance(state, Tensor):
-        return [(name, state)]
+    """Of nested named tuples, with the names of their fields; a number is a tensor without axes."""
+    if isinstance(state, int | Tensor):
+        return [(name, torch.as_tensor(state))]
     fields = state._asdict().items()
     return [leaf for key, part in fields for leaf in _leaves(part, f"{name}_{key}" if name else key)]
 
 
 def _filled(like: Any, leaves: Any) -> Any:
     """A state built like `like` of the next of `leaves`."""
-    if isinstance(like, Tensor):
+    if isinstance(like, int | Tensor):
         return next(leaves)
     return type(like)(*(_filled(part, leaves) for part in like))
