@@ -63,7 +63,7 @@ def main(
         )
     if int8 != bool(calibration):
         raise ValueError(
-            f"int8: expected --int8 and --calibration together, got {'no images' if int8 else 'images alone'}; "
+            f"int8: expected --int8 and --calibration together, got {'one' if int8 else 'the other'} alone; "
             "give both or none"
         )
     sizes = [(side, side) for side in img_size]
@@ -152,7 +152,9 @@ def _of_network(
 
 def _told(out: Path, report: dict[str, Any]) -> list[str]:
     """What the command prints."""
-    lines = [f"{out}: {report['about']['name']}, {', '.join(report['bytes'])}; free: {', '.join(report['free'])}"]
+    lines = [
+        f"{out}: {report['about']['name']}, {', '.join(report['bytes'])}; free: {', '.join(report['free'])}"
+    ]
     for graph, found in report["exponentials"].items():
         some = ", ".join(f"{n} {name}" for name, n in found.items())
         total = sum(report["operators"][graph].values())

@@ -89,15 +89,28 @@ def export_model(
         raise ValueError(f"format: expected {', '.join(FORMATS)}, got {format!r}")
     if opset is not None and opset not in OPSETS:
         raise ValueError(
-            f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, got {opset}; leave it out to take PyTorch's default"
+            f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, got {opset}; leave it out to take PyTorch's own"
         )
     if int8 is not None and "onnx" not in FORMATS[format]:
-        raise ValueError(f"int8: expected format onnx or both, got {format}; 8 bits are made of the ONNX graph")
+        raise ValueError(
+            f"int8: expected format onnx or both, got {format}; 8 bits are made of the ONNX graph"
+        )
     if out.exists():
-        raise FileExistsError(f"out: expected a new folder, got {out}, which exists; name another, or remove it")
+        raise FileExistsError(
+            f"out: expected a new folder, got {out}, which exists; name another, or remove it"
+        )
     subject, sizes = _subject(model, img_size)
     plan = Plan(
-        subject, sizes, FORMATS[format], opset, optimize, require_exp_free, int8, evaluate, latency, about or {}
+        subject,
+        sizes,
+        FORMATS[format],
+        opset,
+        optimize,
+        require_exp_free,
+        int8,
+        evaluate,
+        latency,
+        about or {},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -110,7 +123,9 @@ def export_model(
     return report
 
 
-def _subject(model: nn.Module | Subject, img_size: Sequence[int | tuple[int, int]]) -> tuple[Subject, list[Size]]:
+def _subject(
+    model: nn.Module | Subject, img_size: Sequence[int | tuple[int, int]]
+) -> tuple[Subject, list[Size]]:
     """What is exported, on the CPU in float32 and eval mode, and the sizes that were asked for."""
     sizes = [(one, one) if isinstance(one, int) else tuple(one) for one in img_size]
     if isinstance(model, Decoder):
@@ -119,14 +134,15 @@ def _subject(model: nn.Module | Subject, img_size: Sequence[int | tuple[int, int
         config = getattr(model, "default_cfg", None) or {}
         if not sizes and not config.get("input_size"):
             raise ValueError(
-                f"img_size: expected a size, got none, and {type(model).__name__} has no default_cfg that names "
-                "one; give img_size"
+                f"img_size: expected a size, got none, and {type(model).__name__} has no default_cfg that "
+                "names one; give img_size"
             )
         channels, *own = config.get("input_size") or (3,)
         model = images(model, channels, sizes[0] if sizes else tuple(own))  # pyright: ignore[reportArgumentType]
     if sizes and "image" not in model.inputs:
-        raise ValueError(f"img_size: expected none for {', '.join(model.inputs[:1])}, got {sizes[0]}; leave it out")
+        raise ValueError(
+            f"img_size: expected none for {', '.join(model.inputs[:1])}, got {sizes[0]}; leave it out"
+        )
     module = copy.deepcopy(model.module).to("cpu", torch.float32).eval().requires_grad_(False)
     sizes = sizes or [model.size]
     return replace(model, module=module, size=sizes[0]), sizes
-

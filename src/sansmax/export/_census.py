@@ -14,9 +14,9 @@ __all__ = ["EXPONENTIALS", "exponentials", "of_onnx", "of_program"]
 # Names without underscores, in small letters: of ONNX's operators and of ATen's. Erf, and so GELU, is the
 # integral of an exponential and none itself.
 EXPONENTIALS = frozenset(
-    "exp exp2 expm1 softmax safesoftmax logsoftmax logsumexp reducelogsumexp attention scaleddotproductattention "
-    "sigmoid logsigmoid silu swish tanh sinh cosh softplus mish elu selu celu softmaxcrossentropyloss lstm gru "
-    "rnn".split()
+    """exp exp2 expm1 softmax safesoftmax logsoftmax logsumexp reducelogsumexp softmaxcrossentropyloss attention
+    scaleddotproductattention sigmoid logsigmoid silu swish tanh sinh cosh softplus mish elu selu celu lstm gru
+    rnn""".split()  # noqa: SIM905
 )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ._subject import Subject
@@ -28,23 +27,20 @@ def traced(subject: Subject) -> ExportedProgram:
     Raises:
         ValueError: there is no such program; one sentence says why.
     """
-    reasons = []
-    for free in (True, False) if subject.axes else (True,):
-        axes = [
-            {
-                **({} if name in subject.unbatched else {0: Dim("batch")}),
-                **(dict.fromkeys(subject.axes.get(name, {}), Dim.AUTO) if free else {}),
-            }
-            for name in subject.inputs
-        ]
-        shapes: Any = (*axes[:2], tuple(axes[2:])) if subject.start else tuple(axes)
-        try:
-            with quiet():
-                example = subject.example(3, subject.size)
-                return torch.export.export(subject.module, example, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # torch's, its solver's and the network's own
-            reasons.append(error)
-    raise refusal("torch.export", reasons[-1])
+    axes = [
+        {
+            **({} if name in subject.unbatched else {0: Dim("batch")}),
+            **dict.fromkeys(subject.axes.get(name, {}), Dim.AUTO),
+        }
+        for name in subject.inputs
+    ]
+    shapes: Any = (*axes[:2], tuple(axes[2:])) if subject.start else tuple(axes)
+    example = subject.example(3, subject.size)
+    try:
+        with quiet():
+            return torch.export.export(subject.module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch's, its solver's and the network's own
+        raise refusal("torch.export", error) from None
 
 
 def free_axes(program: ExportedProgram, subject: Subject) -> dict[str, str]:
@@ -54,7 +50,9 @@ def free_axes(program: ExportedProgram, subject: Subject) -> dict[str, str]:
     for name, user in zip(subject.inputs, program.graph_signature.user_inputs, strict=True):
         value: Any = values[str(user)]
         known = {**subject.axes.get(name, {}), **({} if name in subject.unbatched else {0: "batch"})}
-        found |= {str(value.shape[i]): axis for i, axis in known.items() if not isinstance(value.shape[i], int)}
+        found |= {
+            str(value.shape[i]): axis for i, axis in known.items() if not isinstance(value.shape[i], int)
+        }
     return found
 
 
@@ -100,8 +98,8 @@ def refusal(who: str, error: Exception) -> ValueError:
         error = error.__cause__  # pyright: ignore[reportAssignmentType]
     words = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ValueError(
-        f"export: expected a network that {who} can write down, got {words[:300].rstrip('.')}; choose another, "
-        "or another format"
+        f"export: expected a network that {who} can write down, got {words[:300].rstrip('.')}; choose "
+        "another, or another format"
     )
 
 

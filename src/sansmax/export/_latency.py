@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def latencies(
     rows = []
     for size in sizes:
         inputs = subject.example(1, size)
-        timed = {name: torch.inference_mode()(lambda call=call: call(*inputs)) for name, call in calls.items()}
+        timed = {name: torch.inference_mode()(partial(call, *inputs)) for name, call in calls.items()}
         samples = interleaved(timed, seconds=seconds)
         rows.append(
             {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._subject import Size, Subject
 
-__all__ = ["STEPS", "Session", "another_size", "differences"]
+__all__ = ["STEPS", "Session", "differences", "refused"]
 
 # Against float64, of the largest output: a graph may err this many times as much as PyTorch's float32 does,
 # plus this.
@@ -27,7 +27,7 @@ class Session(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own kinds
@@ -50,20 +50,20 @@ class Session(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def another_size(subject: Subject) -> Size | None:
-    """The first of `subject.others` that the network takes."""
-    for size in subject.others:
-        try:
-            with torch.inference_mode():
-                subject.module(*subject.example(1, size))
-            return size
-        except Exception:  # networks refuse with AssertionError, RuntimeError, ValueError and more
-            continue
-    return None
+def refused(subject: Subject, size: Size) -> str:
+    """Why the network does not take inputs of that size; "" where it does."""
+    try:
+        with torch.inference_mode():
+            subject.module(*subject.example(1, size))
+    except Exception as error:  # networks refuse with AssertionError, RuntimeError, ValueError and more
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 @torch.inference_mode()
-def differences(name: str, run: Callable[..., Any], subject: Subject, sizes: list[Size]) -> list[dict[str, Any]]:
+def differences(
+    name: str, run: Callable[..., Any], subject: Subject, sizes: list[Size]
+) -> list[dict[str, Any]]:
     """Of `run`, a graph of `subject`, a row for every size and batch.
 
     "difference" is the largest from PyTorch's outputs in float32, "error" the largest from those in float64,

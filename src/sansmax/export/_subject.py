@@ -61,7 +61,9 @@ def point_clouds(model: nn.Module, channels: int, points: int, categories: int =
 
     def example(batch: int, size: Size) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(batch)
-        cloud = torch.nn.functional.normalize(torch.randn(batch, size[0], channels, generator=generator), dim=2)
+        cloud = torch.nn.functional.normalize(
+            torch.randn(batch, size[0], channels, generator=generator), dim=2
+        )
         return (cloud, torch.arange(batch) % categories) if categories else (cloud,)
 
     inputs = ("points", "label") if categories else ("points",)
@@ -106,7 +108,10 @@ def stream(decoder: Decoder) -> Subject:
         example,
         (3,) if axes else (),
         axes,
-        unbatched=("position", *(f"state_{n}" for n, x in zip(module.names, before, strict=True) if not x.ndim)),
+        unbatched=(
+            "position",
+            *(f"state_{n}" for n, x in zip(module.names, before, strict=True) if not x.ndim),
+        ),
         start=(torch.zeros(1, dtype=torch.int64), *module.flat(module.states(decoder, 1, 0))),
         facts={"tokens": decoder.num_tokens, "longest": decoder.limit},
     )
@@ -126,7 +131,9 @@ class _Step(nn.Module):
         """The layers' behind `count` tokens."""
         mixers: list[Mixer] = decoder.mixers()
         state = DecoderState(tuple(mixer.fixed_state(batch) for mixer in mixers), 0)
-        for token in torch.randint(decoder.num_tokens, (count, batch), generator=torch.Generator().manual_seed(5)):
+        for token in torch.randint(
+            decoder.num_tokens, (count, batch), generator=torch.Generator().manual_seed(5)
+        ):
             with torch.no_grad():
                 _, state = decoder.step(token, state)
         return state.layers

@@ -34,7 +34,9 @@ def of_run(trained: Trained, size: Size | None = None) -> tuple[Subject, dict[st
         }
         if isinstance(model, EANet):
             stride = model.feature_info[-1]["reduction"]
-            seen["sides"] = f"1 more than a multiple of {stride}: 0 at the right and below after the normalisation"
+            seen["sides"] = (
+                f"1 more than a multiple of {stride}: 0 at the right and below after the normalisation"
+            )
         return images(model, 3, size or recipe.crop_size), about | {"preprocessing": seen}  # pyright: ignore
     if recipe.task == "points":
         categories = len(set(map(shape_of, trained.classes)))

@@ -20,7 +20,7 @@ from ._card import card
 from ._graph import free_axes, traced, write_onnx
 from ._int8 import Int8, quantize
 from ._latency import latencies
-from ._runtime import Session, another_size, differences
+from ._runtime import Session, differences, refused
 from ._subject import Size, Subject
 
 __all__ = ["Plan", "write"]
@@ -69,7 +69,9 @@ def write(folder: Path, plan: Plan) -> dict[str, Any]:
     runnable = {RUNTIMES[form]: path for form, path in files.items() if form in RUNTIMES}
     accuracy = {}
     if plan.evaluate is not None:
-        stands_for = {"PyTorch": plan.subject.module} | {name: Session(path) for name, path in runnable.items()}
+        stands_for = {"PyTorch": plan.subject.module} | {
+            name: Session(path) for name, path in runnable.items()
+        }
         accuracy = {name: plan.evaluate(module) for name, module in stands_for.items()}
     timed = []
     if plan.latency:
@@ -98,31 +100,40 @@ def write(folder: Path, plan: Plan) -> dict[str, Any]:
 
 
 def _graphs(folder: Path, plan: Plan, subject: Subject) -> dict[str, Any]:
-    """Writes the graphs with every axis free that can be used freely, and tells what is known of them."""
-    fixed = replace(subject, axes={})
-    # The axis of a state that grows is no choice.
-    attempts = (subject, fixed) if subject.axes and not subject.start else (subject,)
-    for attempt in attempts:
-        try:
-            return _checked_graphs(folder, plan, attempt)
-        except ValueError:
-            # An axis that is free by its shape may still serve one size alone.
-            if attempt is attempts[-1]:
-                raise
-    raise AssertionError
+    """Writes the graphs with every axis free that can be used freely; what is known of them, and why an axis
+    is not free."""
+    if subject.start:  # the axis of a state that grows is no choice
+        return _checked_graphs(folder, plan, subject, plan.sizes) | {"fixed": ""}
+    fixed, sizes = replace(subject, axes={}), plan.sizes
+    for size in sizes:
+        if reason := refused(plan.subject, size):
+            raise ValueError(
+                f"img_size: expected sizes that the network takes, got {'x'.join(map(str, size))} ({reason}); "
+                "leave it out"
+            )
+    if len(sizes) == 1:
+        other = next((size for size in subject.others if not refused(plan.subject, size)), None)
+        if other is None:
+            return _checked_graphs(folder, plan, fixed, sizes) | {"fixed": "the network takes one size alone"}
+        sizes = [*sizes, other]
+    try:
+        return _checked_graphs(folder, plan, subject, sizes) | {"fixed": ""}
+    except ValueError as error:
+        # An axis that is free by its shape may still serve one size alone.
+        reason = str(error).removeprefix("export: ")
+        return _checked_graphs(folder, plan, fixed, plan.sizes) | {"fixed": reason}
 
 
-def _checked_graphs(folder: Path, plan: Plan, subject: Subject) -> dict[str, Any]:
+def _checked_graphs(folder: Path, plan: Plan, subject: Subject, sizes: list[Size]) -> dict[str, Any]:
     program = traced(subject)
     free = free_axes(program, subject)
-    sizes = list(plan.sizes)
-    if len(free) > 1 and len(sizes) == 1 and (other := another_size(plan.subject)):
-        sizes.append(other)
-    if len(free) == 1 and len(sizes) > 1:
-        raise ValueError(
-            f"img_size: expected one size, because the graph of this network holds for one alone, got "
-            f"{len(sizes)}; export each into a folder of its own"
-        )
+    if len(free) == 1:
+        if len(plan.sizes) > 1:
+            raise ValueError(
+                f"img_size: expected one size, because the graph of this network holds for one alone, got "
+                f"{len(sizes)}; export each into a folder of its own"
+            )
+        sizes = plan.sizes
     rows, operators, opset = [], {}, None
     if "onnx" in plan.formats:
         file = folder / FILES["onnx"]

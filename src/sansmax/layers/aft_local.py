@@ -61,7 +61,9 @@ class AFTLocal(PositionBiasMixer):
 
     def fixed_state(self, batch_size: int) -> AFTLocalState:
         state, missing = self.init_state(batch_size), max(self.window - 1, 0)
-        padded = (F.pad(t, (0, 0, missing, 0), value=fill) for t, fill in ((state.k, -math.inf), (state.v, 0.0)))
+        padded = (
+            F.pad(t, (0, 0, missing, 0), value=fill) for t, fill in ((state.k, -math.inf), (state.v, 0.0))
+        )
         return AFTLocalState(*state[:3], *padded, state.position)
 
     def state_size(self, n: int) -> int:

@@ -84,6 +84,8 @@ def nearest_points(queries: Tensor, xyz: Tensor, count: int, mask: Tensor | None
         Indices (B, S, count).
     """
     planes = _planes(xyz)
+    if torch.compiler.is_exporting():  # for any number of clouds and points
+        return _nearest(_planes(queries), planes, count, mask)
     step = max(1, CHUNK // (xyz.shape[0] * max(xyz.shape[1], count)))
     return torch.cat([_nearest(part, planes, count, mask) for part in _planes(queries).split(step, 2)], 1)
 
