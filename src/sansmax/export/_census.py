@@ -9,14 +9,17 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-__all__ = ["EXPONENTIALS", "exponentials", "of_onnx", "of_program"]
+__all__ = ["EXPONENTIALS", "every_node", "exponentials", "of_onnx", "of_program"]
 
 # Names without underscores, in small letters: of ONNX's operators and of ATen's. Erf, and so GELU, is the
 # integral of an exponential and none itself.
 EXPONENTIALS = frozenset(
-    """exp exp2 expm1 softmax safesoftmax logsoftmax logsumexp reducelogsumexp softmaxcrossentropyloss attention
-    scaleddotproductattention sigmoid logsigmoid silu swish tanh sinh cosh softplus mish elu selu celu lstm gru
-    rnn""".split()  # noqa: SIM905
+    [
+        *("exp", "exp2", "expm1", "logsumexp", "reducelogsumexp", "sinh", "cosh", "tanh"),
+        *("softmax", "safesoftmax", "logsoftmax", "softmaxcrossentropyloss"),
+        *("attention", "scaleddotproductattention", "lstm", "gru", "rnn"),
+        *("sigmoid", "logsigmoid", "silu", "swish", "softplus", "mish", "elu", "selu", "celu"),
+    ]
 )
 
 
@@ -25,7 +28,9 @@ def of_onnx(model: onnx.ModelProto) -> dict[str, int]:
     first."""
     graphs = [model.graph.node, *(function.node for function in model.functions)]
     local = {function.name for function in model.functions}
-    return _sorted(node.op_type for nodes in graphs for node in _nodes(nodes) if node.op_type not in local)
+    return _sorted(
+        node.op_type for nodes in graphs for node in every_node(nodes) if node.op_type not in local
+    )
 
 
 def of_program(program: ExportedProgram) -> dict[str, int]:
@@ -40,12 +45,13 @@ def exponentials(operators: dict[str, int]) -> dict[str, int]:
     return {name: n for name, n in operators.items() if name.replace("_", "").lower() in EXPONENTIALS}
 
 
-def _nodes(nodes: Any) -> Iterator[onnx.NodeProto]:
+def every_node(nodes: Any) -> Iterator[onnx.NodeProto]:
+    """Those of branches too."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
+                yield from every_node(graph.node)
 
 
 def _sorted(names: Iterator[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch.export import Dim, ExportedProgram
 
+from ._census import every_node
 from ._subject import Subject
 
 __all__ = ["OPSETS", "free_axes", "traced", "write_onnx"]
@@ -38,9 +39,13 @@ def traced(subject: Subject) -> ExportedProgram:
     example = subject.example(3, subject.size)
     try:
         with quiet():
-            return torch.export.export(subject.module, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(subject.module, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch's, its solver's and the network's own
         raise refusal("torch.export", error) from None
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)  # with paths of this machine
+    return program
 
 
 def free_axes(program: ExportedProgram, subject: Subject) -> dict[str, str]:
@@ -79,6 +84,8 @@ def write_onnx(
             f"opset: expected that the graph can be written in opset {opset}, got {got}; leave --opset out"
         )
     _name_axes(model.graph, free_axes(program, subject))
+    for node in every_node(model.graph.node):
+        del node.metadata_props[:]  # lines of source, with their paths: half of a small file
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
     onnx.checker.check_model(path)

@@ -78,7 +78,7 @@ def write(folder: Path, plan: Plan) -> dict[str, Any]:
         timed = latencies(subject, runnable, found["checked"], plan.latency, plan.opset, folder)
     if subject.start:
         arrays = {name: x.numpy() for name, x in zip(subject.inputs[1:], subject.start, strict=True)}
-        np.savez(folder / "start.npz", **arrays)
+        np.savez(folder / "start.npz", **arrays)  # pyright: ignore[reportArgumentType]
     mixers = [type(module).__name__ for module in subject.module.modules() if isinstance(module, Mixer)]
     record, _ = recorder(
         None,
@@ -112,10 +112,11 @@ def _graphs(folder: Path, plan: Plan, subject: Subject) -> dict[str, Any]:
                 "leave it out"
             )
     if len(sizes) == 1:
-        other = next((size for size in subject.others if not refused(plan.subject, size)), None)
-        if other is None:
-            return _checked_graphs(folder, plan, fixed, sizes) | {"fixed": "the network takes one size alone"}
-        sizes = [*sizes, other]
+        others = [size for size in subject.others if not refused(plan.subject, size)]
+        if not others:
+            reason = "the network takes one size alone"
+            return _checked_graphs(folder, plan, fixed, sizes) | {"fixed": reason}
+        sizes = [*sizes, others[0]]
     try:
         return _checked_graphs(folder, plan, subject, sizes) | {"fixed": ""}
     except ValueError as error:

@@ -60,11 +60,8 @@ class AFTLocal(PositionBiasMixer):
         return aft_local_init_state(batch_size, self.dim, dtype=state_dtype(weight), device=weight.device)
 
     def fixed_state(self, batch_size: int) -> AFTLocalState:
-        state, missing = self.init_state(batch_size), max(self.window - 1, 0)
-        padded = (
-            F.pad(t, (0, 0, missing, 0), value=fill) for t, fill in ((state.k, -math.inf), (state.v, 0.0))
-        )
-        return AFTLocalState(*state[:3], *padded, state.position)
+        state, missing = self.init_state(batch_size), (0, 0, max(self.window - 1, 0), 0)
+        return state._replace(k=F.pad(state.k, missing, value=-math.inf), v=F.pad(state.v, missing))
 
     def state_size(self, n: int) -> int:
         return self.dim * (3 + 2 * min(n, max(self.window - 1, 0)))

@@ -119,8 +119,8 @@ def aft_local_step(
     A token leaves the window `window` steps after its own and joins the sums.
     """
     # A graph has no number to check.
-    index = state.position if exporting() else int(state.position)
-    factors = full.check_step("aft_local_step", q, k, v, w, state.k, 0 if exporting() else index)
+    index = 0 if exporting() else int(state.position)
+    factors = full.check_step("aft_local_step", q, k, v, w, state.k, index)
     _check_window("aft_local_step", window)
     keys, values = full.remember(state.k, state.v, k, v)
     with no_autocast(q):
@@ -128,7 +128,8 @@ def aft_local_step(
         if window == 0:
             near = _triple.tokens(keys[:, -1].to(wide), values[:, -1].to(wide))
         else:
-            near = full.recent(keys, values, factors, index + 1)
+            end = state.position + 1 if exporting() else index + 1
+            near = full.recent(keys, values, factors, end)
         far = _triple.Triple(state.num, state.den, state.top)
         out = full.gated(q, _triple.finish(_triple.combine(far, near)))
         if keys.shape[1] >= max(window, 1):
