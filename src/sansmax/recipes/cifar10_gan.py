@@ -15,8 +15,9 @@ def cifar10_gan(mechanism: str) -> Recipe:
         sansmax train cifar10_gan_external --data.download
         sansmax train cifar10_gan_external --data.root cifar --data.reader ''
 
-    Cost: TODO
-    To reach: TODO
+    Cost: 862 s of one CPU core (external, with evaluation), and 122 s for the classifier that judges.
+    To reach: measured with external, one seed: KID 0.266 and Fréchet distance 5.69 by the run's own
+    classifier (1.371 and 28.9 before training), which puts 22 % of the images into the class asked for.
     """
     return Recipe(
         mechanism=mechanism,
