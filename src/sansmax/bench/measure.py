@@ -48,9 +48,6 @@ PACKAGES = (
     "matplotlib",
     "scikit-learn",
     "triton",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
 )
 
 
