@@ -17,7 +17,8 @@ def coco_overfit(mechanism: str) -> Recipe:
     What a network cannot learn by heart it cannot learn: a check of data and settings.
 
     Cost: 496 s of one CPU core with these 16 images.
-    To reach: mAP 91.6 on them, measured on 16 of COCO's training photos. More were not tried.
+    To reach: mAP 91.6 on them, measured on 16 of COCO's training photos; 76.1 on 64 of them after 55 of 60
+    epochs.
     """
     return Recipe(
         model="soft_tiny",
