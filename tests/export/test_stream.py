@@ -82,7 +82,7 @@ def test_the_program_of_a_stream_and_its_card(tmp_path):
     }
 
 
-@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("window", [0, 1, 5, 41])
 @pytest.mark.parametrize("factor_dim", [None, 3])
 def test_a_state_of_one_shape_gives_the_same(window, factor_dim, error):
     torch.manual_seed(0)

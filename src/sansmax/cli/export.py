@@ -171,5 +171,5 @@ def _told(out: Path, report: dict[str, Any]) -> list[str]:
     for row in report["latency"]:
         size = "x".join(map(str, row["size"])) or "one token"
         times = ", ".join(f"{name} {one['median']:.3g}" for name, one in row["milliseconds"].items())
-        lines.append(f"milliseconds, {size}, {row['threads']} threads: {times}")
+        lines.append(f"milliseconds, {size}, threads {row['threads']}: {times}")
     return lines

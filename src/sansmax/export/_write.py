@@ -108,8 +108,8 @@ def _graphs(folder: Path, plan: Plan, subject: Subject) -> dict[str, Any]:
     for size in sizes:
         if reason := refused(plan.subject, size):
             raise ValueError(
-                f"img_size: expected sizes that the network takes, got {'x'.join(map(str, size))} ({reason}); "
-                "leave it out"
+                f"img_size: expected sizes that the network takes, got {'x'.join(map(str, size))} "
+                f"({reason}); leave it out"
             )
     if len(sizes) == 1:
         others = [size for size in subject.others if not refused(plan.subject, size)]
