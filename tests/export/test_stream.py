@@ -43,9 +43,7 @@ def streamed(folder, tokens):
     for token in tokens.T:
         made = dict(zip(names, session.run(None, {"token": token, **state}), strict=True))
         logits.append(made.pop("logits"))
-        state = {
-            name.replace("next_", "" if name == "next_position" else "state_"): x for name, x in made.items()
-        }
+        state = {"state" + name.removeprefix("next"): x for name, x in made.items()}
     return torch.from_numpy(np.stack(logits, 1))
 
 

@@ -103,13 +103,13 @@ def stream(decoder: Decoder) -> Subject:
 
     return Subject(
         module,
-        ("token", "position", *(f"state_{name}" for name in module.names)),
+        ("token", "state_position", *(f"state_{name}" for name in module.names)),
         ("logits", "next_position", *(f"next_{name}" for name in module.names)),
         example,
         (3,) if axes else (),
         axes,
         unbatched=(
-            "position",
+            "state_position",
             *(f"state_{n}" for n, x in zip(module.names, before, strict=True) if not x.ndim),
         ),
         start=(torch.zeros(1, dtype=torch.int64), *module.flat(module.states(decoder, 1, 0))),
