@@ -396,7 +396,7 @@ def test_every_mechanism_has_a_small_run_whose_network_can_be_built(family):
             **recipe.model_args,
         )
         assert net(torch.zeros(1, 2, recipe.img_size, recipe.img_size)).shape == (1, 3)
-    assert sum(name.startswith(f"{family}_") for name in NAMES) == len(layers.mechanisms())
+    assert sum(name.startswith(f"{family}_") for name in IMAGES) == len(layers.mechanisms())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

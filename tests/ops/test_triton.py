@@ -31,6 +31,10 @@ def example(name, causal, **sizes):
         # was 8e-6, 1e-5 and 2e-4 by the order of its sums for one of 1e-4.
         q, k, v, gamma = arguments
         arguments = q, k, v + v.sign() / 8, gamma
+    elif (name, causal) == ("sima", True):
+        # As above: the gradient of the first tokens' q and k is what is left of terms of 1 / |q|, 1 / |k|.
+        q, k, v = arguments
+        arguments = q + q.sign() / 8, k + k.sign() / 8, v
     return arguments, {**options, "causal": True} if causal else options
 
 

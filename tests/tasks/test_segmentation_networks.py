@@ -210,7 +210,7 @@ def test_weights_of_the_backbone(tmp_path):
 def test_weights_of_a_classifier(tmp_path):
     from sansmax import create_model
 
-    donor = create_model("soft_tiny", "sima", num_classes=4, img_size=32, **SMALL)
+    donor = create_model("soft_tiny", "sima", num_classes=4, img_size=64, **SMALL)
     torch.save(donor.state_dict(), tmp_path / "classifier.pt")
     recipe = replace(RUN, weights=str(tmp_path / "classifier.pt"))
     network = segmentation.build(recipe, ["a", "b"])
