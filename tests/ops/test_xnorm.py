@@ -103,10 +103,10 @@ def test_causal_gradients_equal_the_reference(tokens, eps):
         assert (got - want).abs().max() < 1e-9 * max(1, want.abs().max())
 
 
-def undone(k, v, at, by):
+def undone(k, v, at, by, after=40):
     """The token `at` a multiple of what it was, and undone by a later one."""
     k[:, :, at] *= by
-    later = at + (40 if by < 1e10 else 1)
+    later = at + after
     k[:, :, later], v[:, :, later] = -k[:, :, at], v[:, :, at]
 
 
@@ -115,7 +115,7 @@ def every_token_undone(k, v):
 
 
 def nearly_undone(k, v):
-    undone(k, v, 0, 1e20)
+    undone(k, v, 0, 1e20, 1)
     v[:, :, 1] *= 1 + 1e-3
 
 
@@ -137,7 +137,8 @@ HOSTILE = {
     "nothing": (lambda k, v: None, 0),
     "1e4 undone later": (lambda k, v: undone(k, v, 10, 1e4), 1),
     "1e8 undone later": (lambda k, v: undone(k, v, 10, 1e8), 1),
-    "1e20 undone at once": (lambda k, v: undone(k, v, 0, 1e20), 1),
+    "1e8 undone at the next chunk's beginning": (lambda k, v: undone(k, v, 31, 1e8, 1), 1),
+    "1e20 undone at once": (lambda k, v: undone(k, v, 0, 1e20, 1), 1),
     "1e20 nearly undone": (nearly_undone, 1),
     "every token undone": (every_token_undone, 3),
     "zeros": (zeros, 0),
@@ -162,10 +163,13 @@ def test_causal_chunks_where_sums_cancel(case, size, error, monkeypatch):
     exact = [t.detach().double().requires_grad_() for t in inputs]
     turns, in_turn = [], _causal._in_turn
     monkeypatch.setattr(_causal, "_in_turn", lambda *x: turns.append(x) or in_turn(*x))
+    recorded = _causal._recorded
     monkeypatch.setattr(_causal, "_recorded", None)  # not asked
     with torch.no_grad():
         assert error(xnorm(*inputs, causal=True), xnorm(*exact, causal=True, backend="reference")) < 1e-6
     assert len(turns) == wanted
+    if wanted:
+        monkeypatch.setattr(_causal, "_recorded", recorded)
     out, want = xnorm(*inputs, causal=True), xnorm(*exact, causal=True, backend="reference")
     weight = random(*out.shape, seed=9)
     grads = (

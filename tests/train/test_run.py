@@ -284,7 +284,7 @@ def test_a_teacher_is_a_run_and_sees_images_as_it_learned_them(folder):
     loaded = load_network(str(folder))
     pixels = torch.rand(3, 1, 8, 8)
     expected = loaded.model((pixels - loaded.mean[0]) / loaded.std[0])
-    torch.testing.assert_close(given.opinion((pixels - 0.5) / 1.0), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given.opinion((pixels - 0.5) / 1.0)[0], expected, rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in given.model.parameters())
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,21 @@ class Report:
     def redo(self) -> nn.Module:
         """Puts the new layers in again, with the weights that they have by now; the network."""
         return self._put("after")
+
+    def only(self, names: Collection[str]) -> nn.Module:
+        """Puts the new layers of these names in, and the old ones everywhere else; the network."""
+        self.redo()
+        for one in self.swapped:
+            if one.name not in names:
+                self._model.set_submodule(one.name, one.before)
+        return self._model
+
+    def leave(self, names: Collection[str]) -> nn.Module:
+        """Puts the old layers of these names back for good, the new ones in elsewhere; the network."""
+        model = self.only({one.name for one in self.swapped} - set(names))
+        self.left += [one.name for one in self.swapped if one.name in names]
+        self.swapped = [one for one in self.swapped if one.name not in names]
+        return model
 
     def _put(self, which: str) -> nn.Module:
         for one in self.swapped:

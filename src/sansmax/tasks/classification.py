@@ -1,8 +1,9 @@
 """Which class an image belongs to: batches, loss, evaluation."""
 
 from collections.abc import Iterator
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,55 @@ class Teacher:
     Source: DeiT (https://arxiv.org/abs/2012.12877), section 4, equations 2 and 3. Its published code
     divides the soft loss by the number of classes besides, so that of 1000 classes a thousandth is left;
     the paper's is here.
+
+    `imitated` adds weight * mean |student - teacher|^2 / mean |teacher - mean of teacher|^2 of what the
+    classifiers of both are given, the mean of the teacher over the batch.
     """
 
     def __init__(self, model: nn.Module, kind: str = "hard", alpha: float = 0.5, tau: float = 1.0) -> None:
         self.model = model.eval().requires_grad_(False)
         self.kind, self.alpha, self.tau = kind, alpha, tau
+        self.features, self._seen = 0.0, dict[str, Tensor]()
+
+    def imitated(self, student: nn.Module, classified: nn.Module, weight: float) -> Self:
+        """Itself, after which features are learned too.
+
+        Args:
+            student: the network that learns.
+            classified: the teacher's network, within `model`.
+
+        Raises:
+            ValueError: one of them has no single classifier, or they are not of equal width.
+        """
+        own, its = (_classifier(network) for network in (student, classified))
+        if own.in_features != its.in_features:
+            raise ValueError(
+                f"distil.features: expected a teacher whose features are {own.in_features} wide, got "
+                f"{its.in_features}; leave it out"
+            )
+        self.features, seen = weight, self._seen
+
+        def note(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if (
+                name == "teacher" or layer.training
+            ):  # the moving average of a student is a copy with its hooks
+                seen[name] = args[0]
+
+        own.register_forward_pre_hook(partial(note, "student"))
+        its.register_forward_pre_hook(partial(note, "teacher"))
+        return self
 
     @torch.no_grad()
-    def opinion(self, images: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        return self.model(images)
+    def opinion(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, classes), and features (B, width) if they are learned."""
+        logits = self.model(images)
+        return (logits, self._seen.pop("teacher")) if self.features else (logits,)
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Of the student's newest features from these, as a share of their spread."""
+        wanted = features.float()
+        spread = (wanted - wanted.mean(0)).square().mean()
+        return (self._seen.pop("student").float() - wanted).square().mean() / spread.clamp(min=1e-12)
 
     def loss(self, outputs: Tensor, opinion: Tensor) -> Tensor:
         """Of the student's logits, mean over the batch."""
@@ -45,6 +85,16 @@ class Teacher:
             return F.cross_entropy(outputs, opinion.argmax(1))
         student, teacher = ((x.float() / self.tau).log_softmax(1) for x in (outputs, opinion))
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.tau**2
+
+
+def _classifier(network: Any) -> nn.Linear:
+    found = network.get_classifier() if hasattr(network, "get_classifier") else None
+    if not isinstance(found, nn.Linear):
+        raise ValueError(
+            f"distil.features: expected networks with one linear classifier, got {type(network).__name__} "
+            f"with {type(found).__name__}; leave it out"
+        )
+    return found
 
 
 class Classification(Task):
@@ -88,7 +138,7 @@ class Classification(Task):
             images = erase(images, batch.boxes, seed, update)
         if self._mixing is not None:
             images, labels = self._mixing(images, labels, seed, update)
-        return images, labels if self.teacher is None else (labels, self.teacher.opinion(images))
+        return images, labels if self.teacher is None else (labels, *self.teacher.opinion(images))
 
     def val_batches(self, rank: int, world: int, batch_size: int) -> Iterator[Batch]:
         """This process's share of the held-out images."""
@@ -98,15 +148,17 @@ class Classification(Task):
         """Mean cross-entropy of logits (B, classes) with labels (B,) or shares of classes (B, classes), and
         what the teacher adds."""
         first, second = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-        labels, opinion = targets if self.teacher is not None else (targets, None)
+        labels, *opinion = targets if self.teacher is not None else (targets,)
         # Mixed targets are smoothed already.
         smoothing = self.augment.smoothing if labels.ndim == 1 else 0.0
         base = F.cross_entropy(first.float(), labels, label_smoothing=smoothing)
-        if self.teacher is None or opinion is None:
+        if self.teacher is None:
             return base
-        return (1 - self.teacher.alpha) * base + self.teacher.alpha * self.teacher.loss(
-            second.float(), opinion
-        )
+        taught = self.teacher.loss(second.float(), opinion[0])
+        loss = (1 - self.teacher.alpha) * base + self.teacher.alpha * taught
+        if self.teacher.features:
+            loss = loss + self.teacher.features * self.teacher.distance(opinion[1])
+        return loss
 
     def verdict(self, outputs: Any, batch: Batch) -> Tensor:
         """What an evaluation keeps of each image, (B, 4 + 2 k) float64: position, label, cross-entropy, the

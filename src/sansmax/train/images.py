@@ -24,40 +24,24 @@ from .loop import Outcome
 from .network import Network, build, load_network
 from .recipe import Recipe
 
-__all__ = ["image_job", "network", "teacher"]
+__all__ = ["image_job", "metadata", "network", "open_images", "source_size", "teacher"]
 
 PICTURES = 12  # of either kind in the report
 
 
 def image_job(recipe: Recipe, made: Accelerator, folder: Path, console: Console) -> Job:
     """Reads the images and builds the network and its teacher."""
-    config = _data_config(recipe)
-    side = recipe.img_size or config["size"]
-    if side is None and recipe.data.root != "digits":
-        raise ValueError(
-            f"img_size: expected the side of the images for {recipe.model}, which has none of its own, got "
-            "none; add --img-size 64"
-        )
-    # One process fetches what others then find.
-    fetching = made.local_main_process_first() if recipe.data.download else contextlib.nullcontext()
-    with console.status("reading the images"), fetching:
-        source = open_source(
-            recipe.data,
-            recipe.augment,
-            side,
-            recipe.eval_crop,
-            config["mean"],
-            config["std"],
-            made.device,
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
+    source = open_images(recipe, made, console)
     size = recipe.img_size or source_size(source)
     model = network(recipe, source)
     example = torch.zeros(1, len(source.mean), size, size)
     _check_outputs(model, recipe, example, len(source.classes))
     if recipe.weights and not (recipe.resume and States(folder / "states").paths()):
         load_weights(model, recipe)
-    task = Classification(source, recipe.augment, teacher(recipe, source, size, made.device))
+    taught: Any = teacher(recipe, source, size, made.device)
+    if taught is not None and recipe.distil.features:
+        taught.imitated(model, taught.model[-1], recipe.distil.features)
+    task = Classification(source, recipe.augment, taught)
     about = {
         "img_size": size,
         "in_chans": len(source.mean),
@@ -79,6 +63,30 @@ def image_job(recipe: Recipe, made: Accelerator, folder: Path, console: Console)
         keep=lambda verdicts: save_verdicts(folder, verdicts),
         finish=finish,
     )
+
+
+def open_images(recipe: Recipe, made: Accelerator, console: Console) -> Source:
+    """The recipe's data as its network takes them."""
+    config = _data_config(recipe)
+    side = recipe.img_size or config["size"]
+    if side is None and recipe.data.root != "digits":
+        raise ValueError(
+            f"img_size: expected the side of the images for {recipe.model}, which has none of its own, got "
+            "none; add --img-size 64"
+        )
+    # One process fetches what others then find.
+    fetching = made.local_main_process_first() if recipe.data.download else contextlib.nullcontext()
+    with console.status("reading the images"), fetching:
+        return open_source(
+            recipe.data,
+            recipe.augment,
+            side,
+            recipe.eval_crop,
+            config["mean"],
+            config["std"],
+            made.device,
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
 
 
 def network(recipe: Recipe, source: Source) -> nn.Module:

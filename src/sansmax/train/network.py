@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from torchvision.transforms import Compose, Grayscale
 
 from .. import models
 from .._find import pick
+from ..adapt.swap import swap as replaced
 from ..models._create import trunks
 from ..models._published import fill, own_state
 from ..tasks._data._decode import middle
 from ..tasks._data.device import pick_device
 
-__all__ = ["Network", "build", "enough_memory", "load_network", "pick_device"]
+__all__ = ["Network", "at_size", "build", "enough_memory", "load_network", "named", "pick_device"]
 
 WEIGHTS = ("best.safetensors", "weights.safetensors")
 
@@ -42,6 +43,7 @@ class Network:
         img_size: side of the images it is given.
         crop: share of the resized side that is kept.
         mean, std: of each channel, for pixels 0..1.
+        made: model, mechanism and model_args, the words that a recipe has for it.
         fingerprint: of the weights, as they were before positions were resampled.
     """
 
@@ -54,6 +56,7 @@ class Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_chans: int
+    made: dict[str, Any]
     fingerprint: str = ""
 
     @property
@@ -123,7 +126,7 @@ def load_network(what: str, *, img_size: int | None = None, num_classes: int | N
             f"{network.num_classes}; give another"
         )
     network = replace(network, fingerprint=_fingerprint(network.model))
-    return _checked(network, img_size or network.img_size)
+    return at_size(network, img_size or network.img_size)
 
 
 def build(
@@ -133,11 +136,13 @@ def build(
     img_size: int | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    swap: Sequence[dict[str, Any]] = (),
     **words: Any,
 ) -> nn.Module:
     """A network of sansmax.create_model, or, where that has no such trunk, of timm; random weights.
 
-    None leaves a word to the network.
+    None leaves a word to the network. Each of `swap` holds words of sansmax.swap (mechanism, layers,
+    mechanism_args), which then replaces attentions.
     """
     words |= {"num_classes": num_classes, "in_chans": in_chans}
     words = {key: value for key, value in words.items() if value is not None}
@@ -145,9 +150,10 @@ def build(
     # timm's convolutional networks take any size and no such word.
     if img_size is not None and (own or timm.get_pretrained_cfg(name).fixed_input_size):  # pyright: ignore[reportOptionalMemberAccess]
         words["img_size"] = img_size
-    if own:
-        return models.create_model(name, mechanism, **words)
-    return timm.create_model(name, **words)
+    model = models.create_model(name, mechanism, **words) if own else timm.create_model(name, **words)
+    for one in swap:
+        replaced(model, **one)
+    return model
 
 
 @contextlib.contextmanager
@@ -193,18 +199,19 @@ def _of_run(file: Path, metadata: dict[str, str]) -> Network:
     name, mechanism = metadata["model"], metadata.get("mechanism") or None
     classes: list[str] = json.loads(metadata["classes"])
     img_size, in_chans = int(metadata["img_size"]), int(metadata["in_chans"])
+    words = json.loads(metadata.get("model_args") or "{}")
     model = build(
         name,
         mechanism,
         img_size=img_size,
         num_classes=int(metadata["num_classes"]),
         in_chans=in_chans,
-        **json.loads(metadata.get("model_args") or "{}"),
+        **words,
     )
     fill(model, safetensors.torch.load_file(file), str(file))
     return Network(
         model,
-        f"{name} with {mechanism}" if mechanism else name,
+        named(name, mechanism, words),
         classes or None,
         img_size,
         float(metadata["eval_crop"]),
@@ -212,7 +219,15 @@ def _of_run(file: Path, metadata: dict[str, str]) -> Network:
         tuple(json.loads(metadata["mean"])),
         tuple(json.loads(metadata["std"])),
         in_chans,
+        {"model": name, "mechanism": mechanism, "model_args": words},
     )
+
+
+def named(model: str, mechanism: str | None, model_args: dict[str, Any]) -> str:
+    """What a user calls a network that `build` makes."""
+    kinds = [mechanism] if mechanism else []
+    kinds += [f"{one['mechanism']} swapped in" for one in model_args.get("swap", ())]
+    return f"{model} with {' and '.join(kinds)}" if kinds else model
 
 
 def _of_file(name: str, file: Path) -> Network:
@@ -276,11 +291,16 @@ def _as_published(model: nn.Module, name: str) -> Network:
         tuple(config["mean"]),
         tuple(config["std"]),
         in_chans,
+        {"model": name, "mechanism": None, "model_args": {}},
     )
 
 
-def _checked(network: Network, img_size: int) -> Network:
-    """At this image size, after one image has gone through."""
+def at_size(network: Network, img_size: int) -> Network:
+    """At this image size, after one image has gone through; its model is changed.
+
+    Raises:
+        ValueError: it does not take images of that size.
+    """
     model: Any = network.model.eval()
     side, channels = network.img_size, network.in_chans
     if channels not in (1, 3):

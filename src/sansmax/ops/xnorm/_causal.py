@@ -8,8 +8,9 @@ and with the second the squared lengths are a running sum:
     |M_t|^2 = |M_{t-1}|^2 + v_t (2 k_t M_t - |k_t|^2 v_t)
 
 Where a column shrinks within a chunk, that sum cancels. In float64 products of float32 numbers and their
-squares are exact or leave room; a chunk where a square falls below SHRUNK of an earlier one is summed token
-by token (`_in_turn`). What a chunk has summed is not carried on: the next begins with the lengths of M.
+squares are exact or leave room; a chunk where a square falls below SHRUNK of an earlier one, or of |M|^2, is
+summed token by token (`_in_turn`), and the gradient of a sequence with such a chunk is found from float64
+sums token by token. What a chunk has summed is not carried on: the next begins with the lengths of M.
 """
 
 import torch
@@ -36,22 +37,26 @@ def causal(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, eps: float) ->
         with torch.no_grad():
             found = _by_chunks(q, k, v, eps, recorded)
         if found is not None:
-            out, exact = found
+            out, exact, cancels = found
+            if recorded and cancels:
+                # Products that cancel may be summed in another order, which leaves 1e4 of 1e20 - 1e20 + 1.
+                return _recorded(q.double(), k.double(), v.double(), gamma, eps).to(q.dtype)
             return scaled(_Closed.apply(q, k, v, eps, out, *exact) if recorded else out, gamma)
     return _recorded(q, k, v, gamma, eps)
 
 
 def _by_chunks(
     q: Tensor, k: Tensor, v: Tensor, eps: float, recorded: bool
-) -> tuple[Tensor, list[Tensor]] | None:
-    """out and, if a gradient will be asked for, out and n of each chunk, (B H, CHUNK, E) in float64: rounded,
-    grad_t - (grad_t out_t) out_t would lose what the two have in common. None where squares leave the range.
-    """
+) -> tuple[Tensor, list[Tensor], bool] | None:
+    """out; if a gradient will be asked for, out and n of each chunk, (B H, CHUNK, E) in float64: rounded,
+    grad_t - (grad_t out_t) out_t would lose what the two have in common; and whether a chunk was summed token
+    by token. None where squares leave the range."""
     if q.dtype == torch.float64 and (eps < SMALLEST_EPS or not v.abs().amax().item() <= LARGEST):
         return None
     batch, heads, _, width = v.shape
     out = v.new_empty(v.transpose(1, 2).shape).transpose(1, 2)
     matrix, exact = k.new_zeros(batch * heads, k.shape[3], width, dtype=torch.float64), []
+    cancels = False
     for at in _chunks(q):
         (keys, queries), both = _joined(k[:, :, at], q[:, :, at])
         values = _wide(v[:, :, at])
@@ -59,11 +64,13 @@ def _by_chunks(
         along, rows = torch.bmm(both, matrix).baddbmm_(scores, values).chunk(2, 1)  # k_t M_t, q_t M_t
         lengths = scores[:, : keys.shape[1]].diagonal(dim1=1, dim2=2).unsqueeze(-1)  # |k_t|^2
         squares = torch.addcmul(along, values, lengths, value=-0.5).mul_(values)
-        squares[:, :1] += matrix.square().sum(1, keepdim=True).mul_(0.5)
+        before = matrix.square().sum(1, keepdim=True)
+        squares[:, :1] += before / 2
         squares = squares.cumsum(1).mul_(2)
-        if _shrinks(squares, SHRUNK[q.dtype]):
+        if _shrinks(before, squares, SHRUNK[q.dtype]):
             if not finite(squares):
                 return None
+            cancels = True
             rows, norm, matrix = _in_turn(queries, keys, values, matrix)
         else:
             norm = squares.sqrt_()
@@ -75,7 +82,7 @@ def _by_chunks(
         out[:, :, at] = rows.view(out[:, :, at].shape)
         if recorded:
             exact += [rows, norm]
-    return out, exact
+    return out, exact, cancels
 
 
 def _chunks(x: Tensor) -> list[slice]:
@@ -102,11 +109,12 @@ def _lower(pairs: Tensor) -> Tensor:
     return pairs
 
 
-def _shrinks(squares: Tensor, share: float) -> bool:
-    """Whether a square is less than a share of an earlier one, or none is a number."""
-    if (squares.amin(1) >= share * squares.amax(1)).all().item():
+def _shrinks(before: Tensor, squares: Tensor, share: float) -> bool:
+    """Whether a square is less than a share of an earlier one or of those before the chunk, or none is a
+    number."""
+    if (squares.amin(1) >= share * squares.amax(1).maximum(before[:, 0])).all().item():
         return False
-    return not (squares >= share * squares.cummax(1).values).all().item()
+    return not (squares >= share * squares.cummax(1).values.maximum(before)).all().item()
 
 
 def _in_turn(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,8 @@ class Distil:
     """Weight of the teacher; the labels have the rest."""
     tau: float = 1.0
     """Temperature of kind="soft"."""
+    features: float = 0.0
+    """Weight of the squared distance to what the teacher's classifier is given, as a share of its spread."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Recipe(Run):
         )
         positive({"eval_crop": self.eval_crop, "distil.tau": self.distil.tau})
         at_least_0({f"augment.{k}": getattr(a, k) for k in ("mixup", "cutmix", "color_jitter", "shift")})
+        at_least_0({"distil.features": self.distil.features})
         if not 0 < a.scale[0] <= a.scale[1] <= 1:
             raise ValueError(
                 f"augment.scale: expected two rising shares of the area above 0, got {a.scale}; use 0.08 1"
