@@ -24,7 +24,7 @@ from .loop import Outcome
 from .network import Network, build, load_network
 from .recipe import Recipe
 
-__all__ = ["image_job", "metadata", "network", "open_images", "source_size", "teacher"]
+__all__ = ["check_fits", "image_job", "metadata", "network", "open_images", "source_size", "teacher"]
 
 PICTURES = 12  # of either kind in the report
 
@@ -162,18 +162,23 @@ def teacher(recipe: Recipe, source: Source, size: int, device: torch.device) -> 
     if not wanted.teacher:
         return None
     loaded = load_network(wanted.teacher, img_size=size, num_classes=len(source.classes))
-    if loaded.in_chans != len(source.mean):
-        raise ValueError(
-            f"distil.teacher: expected a network for {len(source.mean)} channels, got {loaded.name} with "
-            f"{loaded.in_chans}; give another"
-        )
-    if loaded.classes and loaded.classes != source.classes:
-        raise ValueError(
-            f"distil.teacher: expected a network that learned the classes of {source.title} in their "
-            f"order, got {loaded.name} with {loaded.classes[:3]} and so on; give another"
-        )
+    check_fits(loaded, source, "distil.teacher")
     seen = nn.Sequential(Renormalised(source, loaded), loaded.model)
     return Teacher(seen.to(device), wanted.kind, wanted.alpha, wanted.tau)
+
+
+def check_fits(network: Network, source: Source, what: str) -> None:
+    """ValueError, which begins with `what`, where a network is for other channels or classes than the images."""
+    if network.in_chans != len(source.mean):
+        raise ValueError(
+            f"{what}: expected a network for {len(source.mean)} channels, got {network.name} with "
+            f"{network.in_chans}; give another"
+        )
+    if network.classes and network.classes != source.classes:
+        raise ValueError(
+            f"{what}: expected a network that learned the classes of {source.title} in their order, got "
+            f"{network.name} with {network.classes[:3]} and so on; give another"
+        )
 
 
 class Renormalised(nn.Module):
