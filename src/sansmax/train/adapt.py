@@ -114,7 +114,7 @@ def adapt(
         sansmax.train.guard.Interrupted: see sansmax.train.run.run.
     """
     at_least(0, keep=how.keep, layer_updates=how.layer_updates)
-    at_least(16, sizes=min(how.sizes, default=16))
+    at_least(8, sizes=min(how.sizes, default=8))
     positive({"layer_lr": how.layer_lr})
     recipe = recipe.checked()
     console = console or Console(quiet=True)

@@ -168,7 +168,7 @@ def teacher(recipe: Recipe, source: Source, size: int, device: torch.device) -> 
 
 
 def check_fits(network: Network, source: Source, what: str) -> None:
-    """ValueError, which begins with `what`, where a network is for other channels or classes than the images."""
+    """ValueError that begins with `what` where a network is for other channels or classes."""
     if network.in_chans != len(source.mean):
         raise ValueError(
             f"{what}: expected a network for {len(source.mean)} channels, got {network.name} with "

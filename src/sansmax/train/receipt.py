@@ -25,8 +25,8 @@ def markdown(receipt: dict[str, Any]) -> str:
         "",
         *_table(["accuracy", "top-1, %", "minutes"], _stages(receipt)),
         "",
-        "Error: of a layer's output on held-out images, as a share of the spread of the old one's, which sees "
-        "the same input. Alone: top-1 of the old network with this layer alone replaced, on "
+        "Error: of a layer's output on held-out images, as a share of the spread of the old one's on the "
+        "same input. Alone: top-1 of the old network with this layer alone replaced, on "
         f"{receipt['tried']:,} images; cost: how far below the old network's, with its standard error.",
         "",
         *_table(
