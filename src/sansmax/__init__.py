@@ -30,6 +30,7 @@ from sansmax.ops.xnorm import xnorm, xnorm_init_state, xnorm_step
 if TYPE_CHECKING:
     from sansmax import layers, maps, models
     from sansmax.adapt.swap import swap
+    from sansmax.adapt.transformers import register_transformers
     from sansmax.audit import audit
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
@@ -60,6 +61,7 @@ __all__ = [
     "models",
     "newton_inverse",
     "optimize_for_inference",
+    "register_transformers",
     "sima",
     "sima_init_state",
     "sima_step",
@@ -78,6 +80,7 @@ _ELSEWHERE = {
     "create_model": "models",
     "load_published": "models",
     "optimize_for_inference": "models",
+    "register_transformers": "adapt.transformers",
     "swap": "adapt.swap",
 }
 

@@ -177,7 +177,9 @@ def test_data_that_the_network_did_not_learn_are_refused(teacher, tmp_path):
             for number in range(4):
                 Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / split / name / f"{number}.png")
     other = following(teacher, tmp_path / "out", img_size=8, data=Data(root=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"network: expected one with the 2 classes of .*, got vit_mini with"):
+    with pytest.raises(
+        ValueError, match=r"network: expected one with the 2 classes of .*, got vit_mini with"
+    ):
         adapt(teacher, "sima", Adapt(), other)
 
 

@@ -59,7 +59,12 @@ class _Pair:
     wanted: Any = None
 
     def said(self) -> Tensor:
-        return self.one.after(*self.args, **self.words)
+        return _tokens(self.one.after(*self.args, **self.words))
+
+
+def _tokens(output: Any) -> Tensor:
+    """Attentions of transformers also return a map."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def layer_errors(report: Report, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -179,8 +184,8 @@ def _teacher(report: Report) -> Iterator[tuple[Callable[[Tensor], Any], list[_Pa
     modes = [(module, module.training) for module in model.modules()]
     pairs = {one.name: _Pair(one) for one in report.swapped}
 
-    def note(pair: _Pair, args: tuple[Any, ...], words: dict[str, Any], output: Tensor) -> None:
-        pair.args, pair.words, pair.wanted = args, words, output
+    def note(pair: _Pair, args: tuple[Any, ...], words: dict[str, Any], output: Any) -> None:
+        pair.args, pair.words, pair.wanted = args, words, _tokens(output)
 
     hooks = [
         one.before.register_forward_hook(

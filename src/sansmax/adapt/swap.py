@@ -17,8 +17,15 @@ from ..layers._contract import Grid
 from ..layers._parts import HeadsMixer
 from ..models._vit import GridBlock, ViT
 from ._sources import Source, found, read
+from .transformers import Called
 
 __all__ = ["Report", "Swapped", "swap"]
+
+PREFIX = (
+    "cls_token",
+    "distillation_token",
+    "register_tokens",
+)  # parameters of tokens in front of the patches
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ def swap(
     """Replaces softmax attention by another mechanism, in place.
 
     Attentions are timm's Attention, AttentionRope and EvaAttention (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP,
-    EVA and the like) and sansmax's own softmax, sima and xnorm. The function changes with the mechanism: the
+    EVA and the like), those of ViT, DeiT, DINOv2, DINOv3 and SigLIP in Hugging Face's transformers, and
+    sansmax's own softmax, sima and xnorm. The function changes with the mechanism: the
     network has to learn again. Weights of queries, keys, values and `proj`, norms of queries and keys, a gate
     and dropout are kept where the new layer has them; rotary positions turn its queries and keys.
 
@@ -197,15 +205,19 @@ def _replacement(
                 raise _Unfit(reason)
     words: dict[str, Any] = {"attn_dim": width} if heads and width != source.dim else {}
     if layer.attention_map:
-        words["attn_drop"] = own.attn_drop.p if hasattr(own, "attn_drop") else 0.0
+        words["attn_drop"] = source.attn_drop
     words |= {"device": source.weight.device, "dtype": source.weight.dtype}
-    kind = _turning(layer) if heads and (turned or source.gate is not None) else layer
+    kind = layer
+    if heads and (turned or source.gate is not None):
+        kind = _before(Turning, kind)
+    if source.called:
+        kind = _before(Called, kind)
     after = kind(
         source.dim,
         source.num_heads,
         qkv_bias=source.bias is not None,
-        proj_bias=own.proj.bias is not None,
-        proj_drop=own.proj_drop.p,
+        proj_bias=source.proj.bias is not None,
+        proj_drop=source.proj_drop,
         **words,
         **options,
     )
@@ -236,8 +248,8 @@ def _copied(source: Source, after: Mixer) -> list[str]:
     values: dict[str, Tensor | None] = {
         "qkv.weight": source.weight,
         "qkv.bias": source.bias,
-        "proj.weight": own.proj.weight,
-        "proj.bias": own.proj.bias,
+        "proj.weight": source.proj.weight,
+        "proj.bias": source.proj.bias,
     }
     for key, row in rows.items():
         values |= {f"{key}.weight": parts[0][row], f"{key}.bias": parts[1][row]}
@@ -255,12 +267,23 @@ def _copied(source: Source, after: Mixer) -> list[str]:
 def _grid(model: nn.Module, name: str) -> tuple[Grid, int]:
     """The grid of patches and the tokens in front of it, as the nearest network around the layer tells."""
     parts = name.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        around: Any = model.get_submodule(".".join(parts[:end]))
+    outwards = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1)]
+    for around in outwards:
         grid = getattr(getattr(around, "patch_embed", None), "grid_size", None)
         if grid:
             return (int(grid[0]), int(grid[1])), int(getattr(around, "num_prefix_tokens", 0))
-    raise _Unfit("it needs a grid of tokens, and the network around it tells none (patch_embed.grid_size)")
+    for around in reversed(
+        outwards
+    ):  # of transformers: the whole network of images holds the tokens in front
+        config = getattr(around, "config", None)
+        image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+        if isinstance(image, int) and isinstance(patch, int):
+            prefix = [p.shape[1] for key, p in around.named_parameters() if key.rpartition(".")[2] in PREFIX]
+            return (image // patch, image // patch), sum(prefix)
+    raise _Unfit(
+        "it needs a grid of tokens, and the network around it tells none (patch_embed.grid_size, or "
+        "image_size and patch_size of its config)"
+    )
 
 
 def _grid_tellers(model: nn.Module) -> list[tuple[nn.Module, type, type]]:
@@ -279,7 +302,7 @@ class Turning(HeadsMixer):
     queries and keys behind the prefix tokens are turned, and the heads' output, normalised, is multiplied by
     sigmoid(gate(x))."""
 
-    rotary: tuple[int, bool] | None = None
+    rotary: tuple[int | None, bool] | None = None
     gate: nn.Module | None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -299,6 +322,8 @@ class Turning(HeadsMixer):
         q, k, v = self.heads(x, context)
         if rope is not None and self.rotary is not None:
             prefix, half = self.rotary
+            if prefix is None:
+                prefix = q.shape[2] - rope.shape[-2]
             q, k = (
                 torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2).to(
                     v.dtype
@@ -311,5 +336,6 @@ class Turning(HeadsMixer):
         return self.proj_drop(self.proj(y))
 
 
-def _turning(layer: type[Mixer]) -> type[Mixer]:
-    return type(layer.__name__, (Turning, layer), {"__module__": __name__})
+def _before(first: type[nn.Module], layer: type[Mixer]) -> type[Mixer]:
+    """A class of the layer's name whose methods are those of `first`, where it has them."""
+    return type(layer.__name__, (first, layer), {"__module__": __name__})

@@ -58,9 +58,8 @@ class Teacher:
         self.features, seen = weight, self._seen
 
         def note(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if (
-                name == "teacher" or layer.training
-            ):  # the moving average of a student is a copy with its hooks
+            # The moving average of a student is a copy of it, hooks included, in evaluation mode.
+            if name == "teacher" or layer.training:
                 seen[name] = args[0]
 
         own.register_forward_pre_hook(partial(note, "student"))
