@@ -336,6 +336,6 @@ class Turning(HeadsMixer):
         return self.proj_drop(self.proj(y))
 
 
-def _before(first: type[nn.Module], layer: type[Mixer]) -> type[Mixer]:
+def _before(first: Any, layer: type[Mixer]) -> type[Mixer]:
     """A class of the layer's name whose methods are those of `first`, where it has them."""
     return type(layer.__name__, (first, layer), {"__module__": __name__})
