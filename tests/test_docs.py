@@ -124,6 +124,25 @@ def test_the_commands_are_understood(path, parsed, capsys):
         assert "--help" in words, f"{path.name}: sansmax {' '.join(words)} was not parsed"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train digits_sima --data.rot x",
+        "train segmentation_sima --img-sizes 3",
+        "eval run --img-size small",
+        "eval runs/segmentation --scale 1",
+        "bench ops sima --tokenz 3",
+        "map run",
+        "which vit_mini --mechanism sima",
+    ],
+)
+def test_a_wrong_command_would_be_found(line, parsed, capsys):
+    with pytest.raises(Understood):
+        cli.main(["train", "segmentation_sima", "--out", "runs/segmentation"])
+    assert cli.main(line.split()) == 2
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("path", MECHANISMS, ids=name_of)
 def test_the_python_of_a_mechanism_runs(path, capsys):
     found = blocks(path, "python")

@@ -41,7 +41,7 @@ def table(words, results, link=RESULTS):
     command = f", `{' '.join(words)}`" if words else ""
     machine, commit = found["machine"], found["commit"][:7]
     source = (
-        f"{machine['cores']} cores of an {machine['cpu']}, {machine['torch_threads']} threads, "
+        f"{machine['cores']} cores of an {machine['cpu']}, threads: {machine['torch_threads']}, "
         f"PyTorch {found['versions']['torch']}, commit {commit}{command}: [{name}]({link}/{name})"
     )
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines]) + f"\n\n{source}\n"
