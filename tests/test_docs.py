@@ -200,6 +200,7 @@ def test_the_site_is_built_strictly_before_the_tests():
     tested = [i for i, line in enumerate(lines) if "uv run pytest" in line]
     assert built
     assert built[0] < tested[0]
+    assert not re.search(r"\s(-q|--quiet)\b", lines[built[0]])  # warnings would not be counted
 
 
 def hook(name: str):
