@@ -18,16 +18,16 @@ def newton_inverse(
 
     With R the largest row sum of a matrix:
 
-    =============  =====  =================================================  ==========================
-    inverse        ridge  alpha                                              gradient
-    =============  =====  =================================================  ==========================
-    "plain"        0.01   1.8 / R^2 for each matrix                          -V^T G V^T, once
-    "release2021"  none   2 / R^2, R over the WHOLE batch and all heads;     through alpha and all steps
-                          halved, at most 10 times, while the largest
-                          column sum of |I - alpha a a| exceeds 1.01
-    "norm"         none   as release2021                                     through alpha and all steps
-    "solve"        0.01   no iteration: Cholesky of a + 0.01 I               -V^T G V^T, once
-    =============  =====  =================================================  ==========================
+        =============  =====  =================================================  ==========================
+        inverse        ridge  alpha                                              gradient
+        =============  =====  =================================================  ==========================
+        "plain"        0.01   1.8 / R^2 for each matrix                          -V^T G V^T, once
+        "release2021"  none   2 / R^2, R over the WHOLE batch and all heads;     through alpha and all steps
+                              halved, at most 10 times, while the largest
+                              column sum of |I - alpha a a| exceeds 1.01
+        "norm"         none   as release2021                                     through alpha and all steps
+        "solve"        0.01   no iteration: Cholesky of a + 0.01 I               -V^T G V^T, once
+        =============  =====  =================================================  ==========================
 
     Lu et al., "SOFT: Softmax-free Transformer with Linear Complexity", NeurIPS 2021 (arXiv 2110.11945), Alg.
     2, and "Softmax-free Linear Transformers" (arXiv 2207.03341), as their code has it: "plain" is
