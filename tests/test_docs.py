@@ -17,7 +17,7 @@ from mkdocs.exceptions import PluginError
 
 import sansmax
 from sansmax import _find, cli
-from sansmax.train import trained
+from sansmax.train import network, trained
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -91,6 +91,9 @@ def parsed(monkeypatch, tmp_path):
     monkeypatch.setattr(tyro, "cli", parse)
     monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", parse_sub)
     monkeypatch.setattr(trained, "load_trained", read_run)
+    made = {"model": "vit_mini", "mechanism": "softmax", "model_args": {}}
+    given = SimpleNamespace(made=made, img_size=8, crop=1.0)
+    monkeypatch.setattr(network, "load_network", lambda *_, **__: given)
 
 
 def leave_run(folder: Path, recipe) -> None:
