@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sansmax import layers, maps, models
     from sansmax.adapt.swap import swap
     from sansmax.audit import audit
+    from sansmax.export import export_model
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
 
@@ -53,6 +54,7 @@ __all__ = [
     "attention_rollout",
     "audit",
     "create_model",
+    "export_model",
     "external",
     "layers",
     "load_published",
@@ -76,6 +78,7 @@ _ELSEWHERE = {
     "attention_map": "maps",
     "attention_rollout": "maps",
     "create_model": "models",
+    "export_model": "export",
     "load_published": "models",
     "optimize_for_inference": "models",
     "swap": "adapt.swap",
