@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sansmax.adapt.swap import swap
     from sansmax.adapt.transformers import register_transformers
     from sansmax.audit import audit
+    from sansmax.export import export_model
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
 
@@ -54,6 +55,7 @@ __all__ = [
     "attention_rollout",
     "audit",
     "create_model",
+    "export_model",
     "external",
     "layers",
     "load_published",
@@ -78,6 +80,7 @@ _ELSEWHERE = {
     "attention_map": "maps",
     "attention_rollout": "maps",
     "create_model": "models",
+    "export_model": "export",
     "load_published": "models",
     "optimize_for_inference": "models",
     "register_transformers": "adapt.transformers",

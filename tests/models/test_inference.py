@@ -105,3 +105,20 @@ def test_half_precision_takes_float_images(error):
     fast = sansmax.optimize_for_inference(model, example=image, dtype=torch.bfloat16)
     assert fast(image).dtype == torch.bfloat16
     assert error(fast(image), model(image)) < 0.1
+
+
+@pytest.mark.parametrize(("deviation", "bounded"), [(1.0, True), (4.0, False)])
+def test_kernels_of_aft_conv_are_written_down(deviation, bounded, error):
+    words = {"img_size": 20, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 7}
+    model = sansmax.create_model("vit_mini", "aft_conv", **words).eval().double()
+    layer = model.blocks[0].attn
+    nn.init.constant_(layer.gamma, deviation)
+    nn.init.constant_(layer.beta, -deviation / 4)
+    image = torch.randn(2, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fast = sansmax.optimize_for_inference(model, example=image)
+    folded = fast.blocks[0].attn
+    assert error(fast(image), model(image)) < 1e-12
+    assert torch.equal(folded.w, layer.kernel())
+    assert {name for name, _ in folded.named_parameters() if "." not in name} == {"w"}
+    assert (folded.bounded, layer.bounded) == (bounded, False)
+    assert (folded.w.amin() >= -3) == bounded

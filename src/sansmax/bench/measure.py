@@ -48,6 +48,9 @@ PACKAGES = (
     "matplotlib",
     "scikit-learn",
     "triton",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 

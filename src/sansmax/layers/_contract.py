@@ -196,6 +196,10 @@ class Mixer(nn.Module):
         """The state of `step` before the first token."""
         raise ValueError(f"{self.name}: there is no streaming form; use Softmax, SimA, XNorm or an AFT layer")
 
+    def fixed_state(self, batch_size: int) -> Any:
+        """`init_state` with shapes that no step changes, where there is such a form; for graphs."""
+        return self.init_state(batch_size)
+
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token: x (B, C) -> (B, C) and the next state; equal to forward(..., is_causal=True)."""
         raise ValueError(f"{self.name}: there is no streaming form; use Softmax, SimA, XNorm or an AFT layer")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.aft import aft_conv, aft_conv_init_state, aft_conv_step, reparameterize
 from ..ops.aft.conv import AFTConvState, flops
+from ..ops.aft.conv.fused import within
 from ._aft import PAPER, AFTMixer
 from ._contract import Grid, Traits
 from ._parts import state_dtype
@@ -81,6 +82,7 @@ class AFTConv(AFTMixer):
         if kernel_dims == 2:
             self.no_causal = "a kernel over a grid has no past"
         self.kernel_dims, self.normalise, self.unbiased = kernel_dims, normalise, unbiased
+        self.bounded = False
         self.w = nn.Parameter(torch.empty(num_heads, *[kernel_size] * kernel_dims, **self.factory))
         if normalise:
             self.gamma = nn.Parameter(torch.empty(num_heads, **self.factory))
@@ -115,7 +117,16 @@ class AFTConv(AFTMixer):
             prefix = 0 if causal else self.num_prefix_tokens or 0
             return aft_conv(q, k, v, self.kernel(), causal=causal, mask=mask, prefix_tokens=prefix)
         rows, columns, prefix = self.layout(q.shape[1], grid)
-        return aft_conv(q, k, v, self.kernel(), grid=(rows, columns), mask=mask, prefix_tokens=prefix)
+        words: dict[str, Any] = {"grid": (rows, columns), "mask": mask, "prefix_tokens": prefix}
+        return aft_conv(q, k, v, self.kernel(), bounded=self.bounded, **words)
+
+    def fold_scales(self) -> None:
+        """Writes the kernels down as the operator takes them: for inference alone."""
+        kernel = self.kernel().detach()
+        if self.normalise:
+            del self.gamma, self.beta
+        self.w, self.normalise = nn.Parameter(kernel, requires_grad=False), False
+        self.bounded = within(kernel)
 
     @classmethod
     def sequence_words(cls, max_tokens: int) -> dict[str, Any]:

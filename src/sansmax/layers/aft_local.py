@@ -1,5 +1,8 @@
 """AFT-local: AFT-full whose position biases are 0 outside a window."""
 
+import math
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.aft import aft_local, aft_local_init_state, aft_local_step
@@ -55,6 +58,10 @@ class AFTLocal(PositionBiasMixer):
     def init_state(self, batch_size: int) -> AFTLocalState:
         weight = self.qkv.weight
         return aft_local_init_state(batch_size, self.dim, dtype=state_dtype(weight), device=weight.device)
+
+    def fixed_state(self, batch_size: int) -> AFTLocalState:
+        state, missing = self.init_state(batch_size), (0, 0, max(self.window - 1, 0), 0)
+        return state._replace(k=F.pad(state.k, missing, value=-math.inf), v=F.pad(state.v, missing))
 
     def state_size(self, n: int) -> int:
         return self.dim * (3 + 2 * min(n, max(self.window - 1, 0)))

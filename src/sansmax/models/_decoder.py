@@ -138,16 +138,23 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One token of each sequence, (B,) int64 -> logits (B, V) of the next, and the next state."""
         self._check(tokens, state.tokens + 1)
-        position = self._position(torch.tensor([state.tokens], device=tokens.device))
-        x = self.embed(tokens) + position
-        states, blocks = [], self.blocks
-        for block, before in zip(blocks, state.layers, strict=True):
+        position = torch.tensor([state.tokens], device=tokens.device)
+        logits, states = self.advance(tokens, position, state.layers)
+        return logits, DecoderState(states, state.tokens + 1)
+
+    def advance(
+        self, tokens: Tensor, position: Tensor, states: tuple[Any, ...]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """`step` on tensors alone, for a graph: position (1,) int64 and the layers' states."""
+        x = self.embed(tokens) + self._position(position)
+        after, blocks = [], self.blocks
+        for block, before in zip(blocks, states, strict=True):
             one: Any = block
-            y, after = one.attn.step(one.norm1(x), before)
+            y, state = one.attn.step(one.norm1(x), before)
             x = x + one.ls1(y)
             x = x + one.ls2(one.mlp(one.norm2(x)))
-            states.append(after)
-        return self.head(self.norm(x)), DecoderState(tuple(states), state.tokens + 1)
+            after.append(state)
+        return self.head(self.norm(x)), tuple(after)
 
     def _check(self, tokens: Tensor, count: int) -> None:
         if self.limit is not None and count > self.limit:

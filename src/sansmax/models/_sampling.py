@@ -52,7 +52,7 @@ def _farthest_points(xyz: Tensor, count: int, mask: Tensor | None, skip_origin: 
         distance = distance.masked_fill(planes.square().sum(1) <= 1e-3, -1)
     chosen = [start]
     for _ in range(count - 1):
-        last = planes.take_along_dim(chosen[-1][:, None, None], 2)  # (B, 3, 1)
+        last = planes.gather(2, chosen[-1][:, None, None].expand(-1, 3, -1))  # (B, 3, 1)
         distance = distance.minimum((planes - last).square().sum(1))
         best, index = distance.max(1)
         chosen.append(index.where(best >= 0, start))
@@ -84,6 +84,8 @@ def nearest_points(queries: Tensor, xyz: Tensor, count: int, mask: Tensor | None
         Indices (B, S, count).
     """
     planes = _planes(xyz)
+    if torch.compiler.is_exporting():  # for any number of clouds and points
+        return _nearest(_planes(queries), planes, count, mask)
     step = max(1, CHUNK // (xyz.shape[0] * max(xyz.shape[1], count)))
     return torch.cat([_nearest(part, planes, count, mask) for part in _planes(queries).split(step, 2)], 1)
 
@@ -111,5 +113,5 @@ def _planes(xyz: Tensor) -> Tensor:
 
 def taken(x: Tensor, index: Tensor) -> Tensor:
     """x (B, N, C), index (B, ...) -> (B, ..., C)."""
-    batch = torch.arange(len(x), device=x.device)
+    batch = torch.arange(x.shape[0], device=x.device)  # len would be one number in a graph
     return x[batch.view(-1, *(1,) * (index.ndim - 1)), index]

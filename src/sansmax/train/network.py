@@ -85,8 +85,25 @@ class Network:
         make.transforms.insert(0, middle)
         return make if self.in_chans == 3 else Compose([Grayscale(), make])
 
+    def with_outputs_of(self, module: nn.Module) -> "Network":
+        """Another form of the same network (a graph of it) in its place."""
+        return replace(self, model=_StandIn(module, self.num_classes))
 
-def load_network(what: str, *, img_size: int | None = None, num_classes: int | None = None) -> Network:
+
+class _StandIn(nn.Module):
+    """The outputs of a module under the name of a network."""
+
+    def __init__(self, module: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.module, self.num_classes = module, num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images)
+
+
+def load_network(
+    what: str, *, img_size: int | None = None, num_classes: int | None = None, untrained: bool = False
+) -> Network:
     """The network that `what` names, with its weights.
 
     Args:
@@ -96,6 +113,7 @@ def load_network(what: str, *, img_size: int | None = None, num_classes: int | N
         img_size: side of the images it will be given; None: those it was trained with. Positions are
             resampled.
         num_classes: that it must have.
+        untrained: `what` is a name alone, and the weights are random.
 
     Raises:
         ValueError, OSError: there is no such thing, it does not fit, or it does not classify images of that
@@ -104,7 +122,9 @@ def load_network(what: str, *, img_size: int | None = None, num_classes: int | N
     path = Path(what).expanduser()
     file = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
     before, is_pair, behind = what.partition("=")
-    if file.is_file():
+    if untrained:
+        network = _untrained(_known(what))
+    elif file.is_file():
         metadata = _metadata(file)
         network = _of_run(file, metadata) if "classes" in metadata else _of_file(metadata["model"], file)
     elif path.is_dir() and not timm.is_model(what):
@@ -244,6 +264,11 @@ def _of_file(name: str, file: Path) -> Network:
         model.reset_classifier(len(head))
     fill(model, state, str(file))
     return _as_published(model, name)
+
+
+def _untrained(name: str) -> Network:
+    _check_takes_images(name)
+    return _as_published(timm.create_model(name), name)
 
 
 def _of_timm(name: str) -> Network:

@@ -8,7 +8,7 @@ import shutil
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ._tables import Columns, Rows, format_of
 from .checkpoint import prepare_folder, read_json, replace_file, write_json
 from .network import Network, enough_memory, pick_device
 
-__all__ = ["Outcome", "predict"]
+__all__ = ["Outcome", "predict", "some_inputs"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,32 @@ def predict(
         if not work.finished():  # else another process joined the parts at the same time
             raise
     return work.outcome()
+
+
+def some_inputs(network: Network, source: str, most: int) -> tuple[list[Tensor], list[dict[str, str]]]:
+    """Inputs (1, in_chans, img_size, img_size) of at most `most` images of `source`, equally far apart in a
+    folder, the first of shards; and the images that could not be read: path and reason.
+
+    Raises:
+        ValueError, OSError: there is no image that can be read.
+    """
+    parts = list(parts_of(source, 4096))
+    files = [(name, Path(part["root"], name)) for part in parts for name in part.get("files", ())]
+    images: Iterable[tuple[str, Source]] = files[:: max(1, -(-len(files) // most))]
+    if not files:
+        images = itertools.chain.from_iterable(map(images_of, parts))
+    found, skipped = [], []
+    for name, got in _decoded(itertools.islice(images, most), network.transform(), 64):
+        if isinstance(got, str):
+            skipped.append({"path": name, "reason": got})
+        else:
+            found.append(got[None])
+    if not found:
+        raise ValueError(
+            f"input: expected an image that can be read in {source}, got none ({skipped[0]['path']}: "
+            f"{skipped[0]['reason']}); check the files"
+        )
+    return found, skipped
 
 
 class _Work:

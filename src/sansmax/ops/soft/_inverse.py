@@ -107,7 +107,7 @@ def invert(a: Tensor, inverse: str, iterations: int, batchwise: bool) -> Tensor:
         return _RidgeInverse.apply(a, iterations if inverse == "plain" else None)
     largest = _largest_row_sum(a)
     if batchwise:
-        return _newton(a, a * _halved(a, 2 / largest.amax().square()), iterations)
+        return _newton(a, a * _halved(a, 2 / largest.max().square()), iterations)
     return _newton(a, a * (1.8 / largest.square()), iterations)
 
 
@@ -130,7 +130,7 @@ def _halved(a: Tensor, alpha: Tensor) -> Tensor:
         square, identity = a @ a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         factor, failing = torch.ones_like(alpha), torch.ones_like(alpha, dtype=torch.bool)
         for _ in range(10):
-            residual = (identity - alpha * factor * square).abs().sum(-2).amax()
+            residual = (identity - alpha * factor * square).abs().sum(-2).max()
             failing = failing & (residual > 1.01)
             factor = torch.where(failing, factor / 2, factor)
     return alpha * factor

@@ -54,6 +54,7 @@ def aft_conv(
     causal: bool = False,
     mask: Tensor | None = None,
     prefix_tokens: int = 0,
+    bounded: bool = False,
     backend: str = "auto",
     explain: bool = False,
 ) -> Tensor:
@@ -66,6 +67,7 @@ def aft_conv(
         causal: token t sums the tokens 0..t; for a one-dimensional w without prefix tokens.
         mask: (B, T) bool, True = keep. A masked token enters no sum; where a sum is empty the output is 0.
         prefix_tokens: how many tokens at the start lie outside the sequence or grid.
+        bounded: the caller knows that fused.within(w), which a graph cannot ask; it then has that form alone.
         backend: see sansmax.ops._backend. Half precision is computed in float32.
         explain: prints which backend serves the inputs, and why.
 
@@ -85,8 +87,9 @@ def aft_conv(
         return triton.aft_conv(q, k, v, kernel, mask, cells, causal, prefix_tokens)
     if mask is not None:
         k, v = k.masked_fill(~mask[..., None], -torch.inf), v.masked_fill(~mask[..., None], 0)
-    body = reference if name == "reference" else fused.aft_conv
-    return body(q, k, v, kernel, cells, causal, prefix_tokens)
+    if name == "reference":
+        return reference(q, k, v, kernel, cells, causal, prefix_tokens)
+    return fused.aft_conv(q, k, v, kernel, cells, causal, prefix_tokens, bounded)
 
 
 def _checked(q, k, v, w, grid, causal, mask, prefix) -> tuple[Tensor, tuple[int, int]]:

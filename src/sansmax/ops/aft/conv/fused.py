@@ -29,8 +29,21 @@ _LOWEST_SUM, _HIGHEST_W = -60.0, 40.0
 _SHORT = 256
 
 
+def within(w: Tensor) -> bool:
+    """Whether Eq. 6 is exact with this kernel, whatever the keys."""
+    low, high = w.detach().aminmax()
+    return bool((low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W))
+
+
 def aft_conv(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], causal: bool, prefix: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    grid: tuple[int, int],
+    causal: bool,
+    prefix: int,
+    bounded: bool = False,
 ) -> Tensor:
     """w is (H, kernel rows, kernel columns), grid (rows, columns); masked keys hold -inf, masked values 0."""
     dtype = q.dtype
@@ -42,7 +55,7 @@ def aft_conv(
             if average is None:
                 average = by_regions(k.mT, v.transpose(1, 2), w, grid, prefix, short=None).transpose(1, 2)
         else:
-            average = _centred(k, v, w, grid, prefix)
+            average = _centred(k, v, w, grid, prefix, bounded)
         average = average.flatten(-2)
         return (average.mul_(q.sigmoid()) if overwritable(q, average) else q.sigmoid() * average).to(dtype)
 
@@ -81,8 +94,10 @@ def _causal_sums(x: Tensor, taps: Tensor) -> Tensor:
     return near + F.pad(far, (0, 0, size, 0))
 
 
-def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int, bounded: bool) -> Tensor:
     """The averages (B, T, H, dh)."""
+    if bounded:
+        return _by_convolution(k, v, w, grid, prefix, None)[0]
     # A symbolic length is not an int: an exported graph serves all of them.
     short = (isinstance(grid[0], int) and grid[0] <= _SHORT, isinstance(grid[1], int) and grid[1] <= _SHORT)
 
@@ -94,10 +109,8 @@ def _centred(k: Tensor, v: Tensor, w: Tensor, grid: tuple[int, int], prefix: int
         return average.clone(memory_format=torch.contiguous_format).view_as(like)
 
     compiling, readable = torch.compiler.is_compiling(), holds_values(k, v, w)
-    if readable:
-        low, high = w.detach().aminmax()
-        if (low >= _LOWEST_OF_EQ6) & (high <= _HIGHEST_W):
-            return _by_convolution(k, v, w, grid, prefix, None)[0]
+    if readable and within(w):
+        return _by_convolution(k, v, w, grid, prefix, None)[0]
     average, exact = _by_convolution(k, v, w, grid, prefix, short)
     operands = (k.mT, v.transpose(1, 2), w, v)
     if not compiling:
@@ -131,7 +144,7 @@ def _by_convolution(
     if prefix:
         sums = torch.cat([x.sum(1, keepdim=True).expand(-1, prefix, -1), sums], 1)
     num, den = sums.split([heads * width, heads], -1)
-    high = w.detach().amax()
+    high = w.detach().max()
     lost = den < (high.clamp(min=0) + _LOWEST_SUM).exp()
     exact = ~(lost & (top > -torch.inf)).any() & (high <= _HIGHEST_W)
     return num.unflatten(-1, (heads, width)) / den.masked_fill(lost, 1).unsqueeze(-1), exact

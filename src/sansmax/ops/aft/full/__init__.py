@@ -9,7 +9,7 @@ equation 2; no official code exists. A number added to all keys of a channel, or
 nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,12 +205,19 @@ def remember(past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return k, v
 
 
-def recent(k: Tensor, v: Tensor, w: tuple[Tensor, ...], end: int) -> _triple.Triple:
-    """The sums (B, C) of query end - 1 over the keys (B, n, C) that end there, biases included."""
+def recent(k: Tensor, v: Tensor, w: tuple[Tensor, ...], end: int | Tensor) -> _triple.Triple:
+    """The sums (B, C) of query end - 1 over the keys (B, n, C) that end there, biases included.
+
+    Keys of -inf may stand before the first token.
+    """
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v = k.to(dtype), v.to(dtype)
-    past = slice(end - k.shape[1], end)
-    row = w[0][end - 1].to(dtype)
+    if isinstance(end, Tensor) or k.shape[1] > end:
+        past: Any = (torch.arange(-k.shape[1], 0, device=k.device) + end).clamp(min=0)
+        row = w[0][past[-1:]][0].to(dtype)
+    else:
+        past = slice(end - k.shape[1], end)
+        row = w[0][end - 1].to(dtype)
     row = row[past] if len(w) == 1 else w[1][past].to(dtype) @ row
     # k - base + w keeps the digits that k + w loses where all keys are large.
     base = k.detach().amax(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import _check
 from ..._backend import choose, no_autocast
+from ..._eager import exporting
 from .. import _triple, full
 from . import fused
 
@@ -97,7 +98,7 @@ class AFTLocalState(NamedTuple):
     num: Tensor  # (B, C); the sums are num exp(top) and den exp(top), none where top = -inf
     den: Tensor  # (B, C)
     top: Tensor  # (B, C)
-    k: Tensor  # (B, at most window - 1, C)
+    k: Tensor  # (B, at most window - 1, C); -inf stands for no token
     v: Tensor  # (B, at most window - 1, C)
     position: Tensor  # int64 without axes, on the CPU: the position of the next token
 
@@ -117,7 +118,8 @@ def aft_local_step(
 
     A token leaves the window `window` steps after its own and joins the sums.
     """
-    index = int(state.position)
+    # A graph has no number to check.
+    index = 0 if exporting() else int(state.position)
     factors = full.check_step("aft_local_step", q, k, v, w, state.k, index)
     _check_window("aft_local_step", window)
     keys, values = full.remember(state.k, state.v, k, v)
@@ -126,7 +128,8 @@ def aft_local_step(
         if window == 0:
             near = _triple.tokens(keys[:, -1].to(wide), values[:, -1].to(wide))
         else:
-            near = full.recent(keys, values, factors, index + 1)
+            end = state.position + 1 if exporting() else index + 1
+            near = full.recent(keys, values, factors, end)
         far = _triple.Triple(state.num, state.den, state.top)
         out = full.gated(q, _triple.finish(_triple.combine(far, near)))
         if keys.shape[1] >= max(window, 1):
