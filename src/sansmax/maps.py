@@ -1,7 +1,7 @@
 """What a token attends to, without the N x N map: attention maps and rollouts, of any mechanism."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .layers import Mixer
 from .layers._contract import Grid
 
-__all__ = ["attention_map", "attention_rollout", "overlay"]
+__all__ = ["attention_map", "attention_rollout", "or_middle", "overlay", "picture"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,34 @@ def overlay(
         ]
         ImageDraw.Draw(made).rectangle(box, outline=(0, 255, 0), width=max(1, min(width, height) // 150))
     return made
+
+
+def or_middle(
+    find: Callable[..., Tensor],
+    model: nn.Module,
+    image: Tensor,
+    query: tuple[int, int] | None = None,
+    layer: int | str = -1,
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """attention_map or attention_rollout, and its query: without one, the class token, or, where a layer has
+    none, the middle of the grid."""
+    try:
+        return find(model, image, query, layer), query
+    except ValueError as error:
+        if query is not None or "no class token" not in str(error):
+            raise
+    rows, columns = find(model, image, (0, 0), layer).shape
+    query = (rows // 2, columns // 2)
+    return find(model, image, query, layer), query
+
+
+def picture(image: Tensor, mean: Sequence[float], std: Sequence[float], side: int) -> Image.Image:
+    """A normalised image (C, height, width), C 1 or 3, as it was seen, the longer side `side` pixels."""
+    shift, scale = (torch.tensor(t)[:, None, None] for t in (mean, std))
+    pixels = ((image.cpu() * scale + shift).clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
+    made = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    share = side / max(made.size)
+    return made.resize((round(made.width * share), round(made.height * share)), Image.Resampling.BICUBIC)
 
 
 def _single(image: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from forked import tiny
 from PIL import Image
 from rich.console import Console
 
+from sansmax import maps
 from sansmax.cli import main
 from sansmax.tasks._data.batches import Decoded
-from sansmax.train import checkpoint, images
+from sansmax.train import checkpoint, images, parallel
 from sansmax.train import run as runs
 from sansmax.train.network import load_network
 from sansmax.train.recipe import Augment, Data, Distil, Recipe
@@ -64,7 +65,7 @@ def test_the_folder_holds_what_the_docstring_says(folder):
     found = {path.name for path in folder.iterdir()}
     assert found == {
         *("recipe.json", "metrics.jsonl", "weights.safetensors", "best.safetensors", "evaluation.npz"),
-        *("gallery.json", "states", "report.html", "tensorboard"),
+        *("gallery.json", "pictures.json", "states", "report.html", "tensorboard"),
     }
     for name in found - {"skipped.json", "tensorboard"}:
         assert name.rstrip("/") in (run.__doc__ or "")
@@ -122,6 +123,23 @@ def test_a_worse_epoch_leaves_the_best_weights(no_report, monkeypatch, tmp_path)
     for name, epoch in [("best", "1"), ("weights", "2")]:
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
             assert file.metadata()["epoch"] == epoch
+
+
+def test_attention_maps_of_the_last_weights_are_in_the_report(folder):
+    (told,) = json.loads((folder / "pictures.json").read_text())
+    assert told["title"] == "Attention"
+    assert told["png"] in (folder / "report.html").read_text()
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(told["png"]))))
+    assert strip.shape == (2 * 160 + 4, 6 * 164 - 4, 3)
+    network = load_network(str(folder / "weights.safetensors"))
+    source = images.open_images(small(folder), parallel.accelerator(small(folder)), Console(quiet=True))
+    pixels = next(iter(source.val(0, 1, 6))).images[5]
+    shown = maps.picture(pixels, source.mean, source.std, 160)
+    weights = maps.attention_map(network.model, pixels, (1, 1))  # a grid of 2 x 2 without a class token
+    for row, wanted in enumerate((shown, maps.overlay(shown, weights, (1, 1)))):
+        got = strip[row * 164 :][:160, 5 * 164 :]
+        assert np.abs(got.astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    assert images.attention(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), source) == []
 
 
 def test_the_evaluation_and_the_pictures_are_those_of_the_last_epoch(folder):

@@ -30,10 +30,10 @@ def main(
         side: of the picture.
         out: a .png file.
     """
-    import torch
     from PIL import Image
 
-    from ..maps import attention_map, attention_rollout, overlay
+    from ..maps import attention_map, attention_rollout, or_middle, overlay
+    from ..maps import picture as seen
     from ..tasks._data._decode import reason, to_rgb
     from ..tasks._run import at_least
     from ..train.network import load_network
@@ -52,17 +52,8 @@ def main(
     pixels = network.transform()(picture)
     find = attention_rollout if rollout else attention_map
     chosen: int | str = int(layer) if layer.lstrip("-").isdecimal() else layer
-    try:
-        weights = find(network.model, pixels, query, chosen)
-    except ValueError as error:
-        if query is not None or "no class token" not in str(error):
-            raise
-        rows, columns = find(network.model, pixels, (0, 0), chosen).shape
-        query = (rows // 2, columns // 2)
-        weights = find(network.model, pixels, query, chosen)
-    mean, std = (torch.tensor(t)[:, None, None] for t in (network.mean, network.std))
-    seen = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)
-    shown = Image.fromarray(seen.contiguous().numpy()).resize((side, side), Image.Resampling.BICUBIC)
+    weights, query = or_middle(find, network.model, pixels, query, chosen)
+    shown = seen(pixels, network.mean, network.std, side)
     out.parent.mkdir(parents=True, exist_ok=True)
     overlay(shown, weights, query).save(out)
     token = "the class token" if query is None else f"row {query[0]}, column {query[1]}"

@@ -12,14 +12,16 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..maps import attention_map, or_middle, overlay, picture
 from ..tasks._data.batches import InMemory, Source
 from ..tasks._data.sources import open_source
 from ..tasks.classification import Classification, Teacher
 from .checkpoint import States, replace_file, write_json
-from .job import Job
+from .job import Job, png
 from .loop import Outcome
 from .network import Network, build, load_network
 from .recipe import Recipe
@@ -27,6 +29,7 @@ from .recipe import Recipe
 __all__ = ["check_fits", "image_job", "metadata", "network", "open_images", "source_size", "teacher"]
 
 PICTURES = 12  # of either kind in the report
+MAPPED, SIDE = 6, 160  # images of the report with their attention maps, pixels
 
 
 def image_job(recipe: Recipe, made: Accelerator, folder: Path, console: Console) -> Job:
@@ -53,6 +56,9 @@ def image_job(recipe: Recipe, made: Accelerator, folder: Path, console: Console)
     def finish(outcome: Outcome) -> None:
         if made.is_main_process:
             write_json(folder / "gallery.json", gallery(source, outcome.verdicts))
+            # Weights that are shared out (FSDP) are whole within a forward pass alone.
+            shared = recipe.parallel == "fsdp"
+            write_json(folder / "pictures.json", [] if shared else attention(outcome.network.eval(), source))
 
     return Job(
         task,
@@ -260,6 +266,31 @@ def save_verdicts(folder: Path, verdicts: Tensor) -> None:
     replace_file(folder / "evaluation.npz", lambda path: path.write_bytes(content.getvalue()))
 
 
+def attention(model: nn.Module, source: Source) -> list[dict[str, str]]:
+    """For the report: held-out images and, below, what a token of the last layer attends to; nothing of a
+    network that has no such map."""
+    images = next(iter(source.val(0, 1, MAPPED))).images
+    pairs, query = [], None
+    for image in images:
+        try:
+            weights, query = or_middle(attention_map, model, image)
+        except ValueError:
+            return []
+        shown = picture(image, source.mean, source.std, SIDE)
+        pairs.append((shown, overlay(shown, weights, query)))
+    width, height = pairs[0][0].size
+    strip = Image.new("RGB", (len(pairs) * (width + 4) - 4, 2 * height + 4), "white")
+    for number, pair in enumerate(pairs):
+        for row, one in enumerate(pair):
+            strip.paste(one, (number * (width + 4), row * (height + 4)))
+    token = "the class token" if query is None else "the framed token"
+    caption = (
+        f"The first held-out images, and what {token} of the last layer attends to: red where a token weighs "
+        "more, blue where its weight is negative; `sansmax map` draws others"
+    )
+    return [{"title": "Attention", "caption": caption, "png": base64.b64encode(png(strip)).decode()}]
+
+
 def gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
     """The held-out images that the network is most wrong and most right about."""
     by_loss = verdicts[:, 2].argsort(descending=True, stable=True)
@@ -273,11 +304,9 @@ def gallery(source: Source, verdicts: Tensor) -> list[dict[str, Any]]:
             return []
         image, name = found
         image.thumbnail((160, 160))
-        file = io.BytesIO()
-        image.save(file, "PNG")
         pictures.append(
             {
-                "png": base64.b64encode(file.getvalue()).decode(),
+                "png": base64.b64encode(png(image)).decode(),
                 "name": name,
                 "truth": source.classes[int(label)],
                 "predicted": source.classes[int(predicted)],

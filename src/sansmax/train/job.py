@@ -18,7 +18,7 @@ from .checkpoint import States, write_json
 from .loop import Outcome
 from .recipe import Run
 
-__all__ = ["Job", "task_job"]
+__all__ = ["Job", "png", "task_job"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def task_job(recipe: Run, made: Accelerator, folder: Path) -> Job:
         pictures = task.pictures(outcome.network.eval(), outcome.verdicts)
         if made.is_main_process:
             told = [
-                {"title": p.title, "caption": p.caption, "png": base64.b64encode(_png(p.image)).decode()}
+                {"title": p.title, "caption": p.caption, "png": base64.b64encode(png(p.image)).decode()}
                 for p in pictures
             ]
             write_json(folder / "pictures.json", told)
@@ -70,7 +70,8 @@ def task_job(recipe: Run, made: Accelerator, folder: Path) -> Job:
     return Job(task, model, task.about(), task.example(), metadata, lambda _: None, finish)
 
 
-def _png(image: Any) -> bytes:
+def png(image: Any) -> bytes:
+    """The file's content."""
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()

@@ -42,8 +42,8 @@ def run(recipe: Run, console: Console | None = None, command: str | None = None)
     """Trains as the recipe says; `recipe.out` then holds
 
     recipe.json (also classes, versions, machine), metrics.jsonl, weights.safetensors, best.safetensors
-    (by the task's score: of a classification the highest top-1), skipped.json, states/, report.html, and of a
-    classification evaluation.npz and gallery.json (the last evaluation), of other tasks pictures.json.
+    (by the task's score: of a classification the highest top-1), skipped.json, states/, report.html,
+    pictures.json, and of a classification evaluation.npz and gallery.json (the last evaluation).
 
     Args:
         console: where progress is shown; None is silent.
