@@ -109,6 +109,7 @@ def test_half_precision_takes_float_images(error):
 
 @pytest.mark.parametrize(("deviation", "bounded"), [(1.0, True), (4.0, False)])
 def test_kernels_of_aft_conv_are_written_down(deviation, bounded, error):
+    torch.manual_seed(0)
     words = {"img_size": 20, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 7}
     model = sansmax.create_model("vit_mini", "aft_conv", **words).eval().double()
     layer = model.blocks[0].attn
