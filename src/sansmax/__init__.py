@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sansmax.audit import audit
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
+    from sansmax.tiles import predict_tiled
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "models",
     "newton_inverse",
     "optimize_for_inference",
+    "predict_tiled",
     "sima",
     "sima_init_state",
     "sima_step",
@@ -78,6 +80,7 @@ _ELSEWHERE = {
     "create_model": "models",
     "load_published": "models",
     "optimize_for_inference": "models",
+    "predict_tiled": "tiles",
     "swap": "adapt.swap",
 }
 
