@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers._contract import Grid
 from ._scratch import Scratch, check_space
-from ._source import Pixels, Unreadable, open_pixels
+from ._source import Pixels, Unreadable, libvips, open_pixels
 from ._trunk import Box, Trunk, trunk_of
 
 __all__ = ["Unreadable", "check_tiled", "features_tiled", "predict_tiled", "scratch_bytes"]
@@ -63,17 +63,18 @@ def predict_tiled(
         ValueError, TypeError, OSError: the network has another layer, the image cannot be read, or the disk
             is full; one sentence says what to do.
     """
-    network: Any = model
-    features = features_tiled(
-        model, source, tile=tile, mean=mean, std=std, scratch=scratch, progress=progress
-    )
+    trunk = trunk_of(model)
+    features = _features(trunk, model, source, tile, mean, std, scratch, progress)
     with torch.inference_mode():
-        return network.forward_head(features)
+        return trunk.head(features)
 
 
-def check_tiled(model: nn.Module, tile: int = 1024) -> None:
-    """Raises ValueError where `predict_tiled` cannot take the network, or tiles of that side."""
+def check_tiled(model: nn.Module, tile: int = 1024, scratch: str | Path | None = None) -> None:
+    """Raises ValueError where `predict_tiled` cannot read files, take the network or tiles of that side, or
+    write to that folder."""
+    libvips()
     trunk_of(model).check_tile(tile)
+    check_space(scratch, 0)
 
 
 def scratch_bytes(model: nn.Module, size: Grid) -> int:
@@ -93,7 +94,19 @@ def features_tiled(
     progress: Callable[[int, int], None] = lambda done, tiles: None,
 ) -> Tensor:
     """The tokens that model.forward_head pools to the same: (1, n, C); see predict_tiled."""
-    trunk = trunk_of(model)
+    return _features(trunk_of(model), model, source, tile, mean, std, scratch, progress)
+
+
+def _features(
+    trunk: Trunk,
+    model: nn.Module,
+    source: Any,
+    tile: int,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    scratch: str | Path | None,
+    progress: Callable[[int, int], None],
+) -> Tensor:
     trunk.check_tile(tile)
     config = resolve_model_data_config(model)
     pixels = open_pixels(source, trunk.in_chans, mean or config["mean"], std or config["std"])
@@ -106,7 +119,10 @@ def _run(
 ) -> Tensor:
     grid, side = trunk.grid(pixels.size), tile // trunk.patch
     strips, boxes = list(_strips(trunk, pixels.size, tile)), list(_boxes(grid, side))
-    total, done = len(strips) * -(-grid[1] // side) + len(trunk.stages) * len(boxes), 0
+    # No other token counts behind the last block of a network that asks for its class token.
+    alone = [NOTHING] if trunk.pool.first_alone and trunk.pool.enters is None else boxes
+    pieces = len(strips) * -(-grid[1] // side) + (len(trunk.stages) - 1) * len(boxes) + len(alone)
+    done = 0
     check_space(folder, trunk.files * trunk.tokens_bytes(grid))
     prefix = trunk.stages[0].enters
     positions = None if trunk.positions is None else trunk.positions(grid)
@@ -115,13 +131,11 @@ def _run(
             for box, tokens in _embedded(trunk, pixels, positions, rows, side):
                 kept.write(box, tokens)
                 trunk.stages[0].count(prefix, tokens)
-                progress(done := done + 1, total)
+                progress(done := done + 1, pieces)
         for stage, following in zip(trunk.stages, [*trunk.stages[1:], trunk.pool], strict=True):
             last, before = following is trunk.pool, prefix
-            # No other token counts behind the last block of a network that asks for its class token.
-            alone = last and trunk.pool.first_alone and prefix is not None
             target = other if stage.halo else kept
-            for box in [NOTHING] if alone else boxes:
+            for box in alone if last else boxes:
                 wide = box.grown(stage.halo, grid)
                 left, y = stage(before, kept.read(wide))
                 y = y[box.within(wide)]
@@ -129,7 +143,7 @@ def _run(
                     target.write(box, y)
                 prefix = left if following.enters is None else following.enters
                 following.count(prefix, y)
-                progress(done := done + 1, total)
+                progress(done := done + 1, pieces)
             if stage.halo:
                 kept, other = other, kept
     return trunk.pool.tokens()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layers._contract import Grid
 from ..tasks._data._decode import reason, to_rgb
 
-__all__ = ["Pixels", "Unreadable", "open_pixels"]
+__all__ = ["Pixels", "Unreadable", "libvips", "open_pixels"]
 
 # Of PIL, by what libvips calls the colours and their number with alpha.
 MODES = {
@@ -37,6 +37,18 @@ def open_pixels(source: Any, in_chans: int, mean: tuple[float, ...], std: tuple[
     if isinstance(source, str | Path | io.BytesIO):
         return FilePixels(source, in_chans, mean, std)
     return ArrayPixels(source, in_chans, mean, std)
+
+
+def libvips() -> Any:
+    """pyvips, or a ValueError that says how to get it."""
+    try:
+        import pyvips
+    except (ImportError, OSError):
+        raise ValueError(
+            "source: expected pyvips to be installed, which reads images row by row, got none; pip install "
+            "sansmax[tiles], or give an array"
+        ) from None
+    return pyvips
 
 
 class Unreadable(ValueError):
@@ -74,11 +86,12 @@ class Pixels:
     def strip(self, start: int, stop: int) -> Any:
         """Rows start..stop, those that there are; no call may start above an earlier one."""
         stop = min(stop, self.size[0])
-        if (start, stop) != (self.start, self.stop):
+        if self.kept is not None:
+            self.kept = self.kept[start - self.start :]
+        if stop > self.stop:
             new = self._read(self.stop, stop)
-            old = None if self.kept is None else self.kept[start - self.start :]
-            self.kept = new if old is None or not len(old) else np.concatenate([old, new])
-            self.start, self.stop = start, stop
+            self.kept = new if self.kept is None else np.concatenate([self.kept, new])
+        self.start, self.stop = start, stop
         return self.kept
 
     def normalised(self, strip: Any, left: int, right: int, weight: Tensor) -> Tensor:
@@ -142,13 +155,7 @@ class FilePixels(Pixels):
         std: tuple[float, ...],
     ) -> None:
         super().__init__(in_chans, mean, std)
-        try:
-            import pyvips
-        except (ImportError, OSError):
-            raise ValueError(
-                "source: expected pyvips to be installed, which reads images row by row, got none; pip "
-                "install sansmax[tiles], or give an array"
-            ) from None
+        pyvips = libvips()
         self.failure = pyvips.Error
         self.name = source if isinstance(source, str | Path) else ""
         try:

@@ -1,4 +1,4 @@
-"""A network as what a tile goes through: stem, positions, blocks, pooling; its own modules, shared."""
+"""A network as what a tile goes through: stem, positions, blocks, pooling, made of its own modules."""
 
 import copy
 import itertools
@@ -125,10 +125,9 @@ class Stage:
 
     def __init__(self, block: nn.Module, name: str, enters: Tensor | None) -> None:
         self.enters, self.tells_grid = enters, type(block) in GRID_BLOCKS
-        self.block: Any = _shared(block)
-        layer = _in_parts(self.block.attn, f"{name}.attn")
-        _check_local(self.block, name, self.block.attn)
-        self.block.attn = self.layer = InParts(layer)
+        self.block: Any = block
+        _check_local(block, name, self.block.attn)
+        self.block.attn = self.layer = InParts(_in_parts(self.block.attn, f"{name}.attn"))
         self.halo = sum(_reach(m) for m in self.block.modules() if isinstance(m, nn.Conv2d))
 
     def count(self, prefix: Tensor | None, x: Tensor) -> None:
@@ -172,7 +171,7 @@ class Pool:
                 f"token, got global_pool={pool!r}; {ADVICE}"
             )
         _check_local(norm, "norm")
-        self.norm, self.enters = _shared(norm), enters
+        self.norm, self.enters = norm, enters
         self.first_alone, self.with_prefix = pool == "token", with_prefix
         self.prefix: Tensor | None = None
         self.sum: Any = 0.0
@@ -204,13 +203,15 @@ class Pool:
 
 @dataclass
 class Trunk:
-    """A network in parts. Stages and pool hold the sums of one image: a new one is made for each.
+    """A copy of a network in parts, with the same tensors. Stages and pool hold the sums of one image: a new
+    one is made for each.
 
     Attributes:
         halo: how many tokens around it an embedded tile needs.
         embed: pixels (1, in_chans, height, width) -> tokens (n, m, C).
         positions: of a grid -> of a box in it -> (n, m, C); None for a network without.
         norm_pre: what follows the positions, token by token.
+        head: the network's own, from tokens.
     """
 
     patch: int
@@ -223,6 +224,7 @@ class Trunk:
     norm_pre: nn.Module
     stages: list[Stage]
     pool: Pool
+    head: Callable[[Tensor], Tensor]
 
     @property
     def files(self) -> int:
@@ -252,6 +254,7 @@ def trunk_of(model: Any) -> Trunk:
     Raises:
         ValueError: it is another network, or has a layer without a form in parts.
     """
+    model = _shared(model)
     for base, make in ((VisionTransformer, _vit), (Xcit, _xcit)):
         if isinstance(model, base) and all(
             getattr(type(model), name, None) is getattr(base, name, None)
@@ -277,12 +280,12 @@ def _vit(model: Any) -> Trunk:
         )
     for name in ("patch_embed", "norm_pre"):
         _check_local(getattr(model, name), name)
-    proj, norm, patch = _shared(stem.proj), _shared(stem.norm), stem.patch_size[0]
+    patch = stem.patch_size[0]
 
     def embed(pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
-        y = proj(F.pad(pixels, (0, -width % patch, 0, -height % patch)))
-        return norm(y.flatten(2).mT)[0].unflatten(0, y.shape[-2:])
+        y = stem.proj(F.pad(pixels, (0, -width % patch, 0, -height % patch)))
+        return stem.norm(y.flatten(2).mT)[0].unflatten(0, y.shape[-2:])
 
     prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
     enters, positions = torch.cat(prefix, 1) if prefix else None, None
@@ -292,15 +295,14 @@ def _vit(model: Any) -> Trunk:
         if first and enters is not None:
             enters = enters + table[:, :first]
         positions = _resampled(table[:, first:], stem.grid_size)
-    norm_pre = _shared(model.norm_pre)
     if enters is not None:
-        enters = norm_pre(enters)
+        enters = model.norm_pre(enters)
     stages = [
         Stage(block, f"blocks.{i}", None if i else enters)
         for i, block in enumerate(_known(model.blocks, "blocks", BLOCKS))
     ]
     pool = Pool(model.norm, model.global_pool, model.pool_include_prefix, None)
-    return _trunk(model, stem.proj, patch, embed, positions, norm_pre, stages, pool)
+    return _trunk(model, stem.proj, patch, embed, positions, model.norm_pre, stages, pool)
 
 
 def _xcit(model: Any) -> Trunk:
@@ -309,7 +311,7 @@ def _xcit(model: Any) -> Trunk:
             f"predict_tiled: expected XCiT's patch embedding, got {type(model.patch_embed).__name__}; "
             f"{ADVICE}"
         )
-    stem = _shared(model.patch_embed)
+    stem = model.patch_embed
 
     def embed(pixels: Tensor) -> Tensor:
         tokens, grid = stem(pixels)
@@ -356,7 +358,17 @@ def _trunk(
             stride *= module.stride[0]
     halo = -(-reach // patch)
     return Trunk(
-        patch, model.in_chans, model.embed_dim, weight, halo, embed, positions, norm_pre, stages, pool
+        patch,
+        model.in_chans,
+        model.embed_dim,
+        weight,
+        halo,
+        embed,
+        positions,
+        norm_pre,
+        stages,
+        pool,
+        model.forward_head,
     )
 
 

@@ -91,7 +91,7 @@ def predict(
             f"features"
         )
     if tile is not None:
-        check_tiled(network.model, tile)
+        check_tiled(network.model, tile, scratch)
     columns = Columns(min(top_k, network.num_classes), embeddings)
     settings = {
         "network": network.name,
