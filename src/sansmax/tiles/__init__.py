@@ -7,6 +7,7 @@ file. Memory depends on the tile, and neither on the height nor, but for one row
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..layers._contract import Grid
-from ._scratch import Scratch, check_space
+from ._scratch import Box, Scratch, check_space
 from ._source import Pixels, Unreadable, libvips, open_pixels
-from ._trunk import Box, Trunk, trunk_of
+from ._trunk import Trunk, trunk_of
 
 __all__ = ["Unreadable", "check_tiled", "features_tiled", "predict_tiled", "scratch_bytes"]
 
@@ -126,7 +127,8 @@ def _run(
     check_space(folder, trunk.files * trunk.tokens_bytes(grid))
     prefix = trunk.stages[0].enters
     positions = None if trunk.positions is None else trunk.positions(grid)
-    with Scratch(folder, grid, trunk) as kept, Scratch(folder, grid, trunk) as other:
+    file = partial(Scratch, folder, grid, trunk.dim, trunk.weight)
+    with file() as kept, file() as other:
         for rows in strips:
             for box, tokens in _embedded(trunk, pixels, positions, rows, side):
                 kept.write(box, tokens)

@@ -5,15 +5,43 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ..layers._contract import Grid
-from ._trunk import Box, Trunk
 
-__all__ = ["Scratch", "check_space"]
+__all__ = ["Box", "Scratch", "check_space"]
+
+
+class Box(NamedTuple):
+    """A rectangle of tokens."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> Grid:
+        return self.bottom - self.top, self.right - self.left
+
+    def grown(self, by: int, grid: Grid) -> "Box":
+        """With its neighbours, those that there are."""
+        return Box(
+            max(self.top - by, 0),
+            min(self.bottom + by, grid[0]),
+            max(self.left - by, 0),
+            min(self.right + by, grid[1]),
+        )
+
+    def within(self, other: "Box") -> tuple[slice, slice]:
+        """Its rows and columns among those of another around it."""
+        return (
+            slice(self.top - other.top, self.bottom - other.top),
+            slice(self.left - other.left, self.right - other.left),
+        )
 
 
 def check_space(folder: str | Path | None, needed: int) -> None:
@@ -32,14 +60,14 @@ def check_space(folder: str | Path | None, needed: int) -> None:
 class Scratch:
     """Tokens (rows, columns, C) in a file without a name: the system removes it with the process at latest.
 
-    Read and written, not mapped, so that no page of it counts as memory of the process.
+    Read and written, not mapped, so that no page of it counts as memory of the process. Tensors come in the
+    dtype and on the device of `weight`.
     """
 
-    def __init__(self, folder: str | Path | None, grid: Grid, trunk: Trunk) -> None:
+    def __init__(self, folder: str | Path | None, grid: Grid, dim: int, weight: Tensor) -> None:
         where = None if folder is None else Path(folder).expanduser()
         self.file: Any = tempfile.TemporaryFile(buffering=0, dir=where)  # noqa: SIM115
-        self.grid, self.trunk = grid, trunk
-        self.bytes = trunk.tokens_bytes((1, 1))
+        self.grid, self.dim, self.weight = grid, dim, weight
 
     def __enter__(self) -> Self:
         return self
@@ -51,26 +79,25 @@ class Scratch:
             self.file.close()
 
     def read(self, box: Box) -> Tensor:
-        """(rows, columns, C) on the device of the network."""
-        weight = self.trunk.weight
-        x = torch.empty(*box.shape, self.trunk.dim, dtype=weight.dtype)
+        """(rows, columns, C)."""
+        x = torch.empty(*box.shape, self.dim, dtype=self.weight.dtype)
         for row, line in enumerate(x, box.top):
             self._seek(row, box.left)
             view = _bytes(line)
             while view:
                 view = view[self.file.readinto(view) :]
-        return x.to(weight.device)
+        return x.to(self.weight.device)
 
     def write(self, box: Box, x: Tensor) -> None:
         """x (rows, columns, C)."""
-        for row, line in enumerate(x.to("cpu", self.trunk.weight.dtype).contiguous(), box.top):
+        for row, line in enumerate(x.to("cpu", self.weight.dtype).contiguous(), box.top):
             self._seek(row, box.left)
             view = _bytes(line)
             while view:
                 view = view[self.file.write(view) :]
 
     def _seek(self, row: int, column: int) -> None:
-        self.file.seek((row * self.grid[1] + column) * self.bytes)
+        self.file.seek((row * self.grid[1] + column) * self.dim * self.weight.element_size())
 
 
 def _bytes(line: Tensor) -> memoryview:
