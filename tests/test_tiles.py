@@ -87,7 +87,7 @@ def test_the_networks_own_result(name, height, width, tile, error):
     assert error(other, exact) > 1e-3  # the pixels matter
 
 
-@pytest.mark.parametrize("name", ["sima", "xnorm", "vit, mean with class token"])
+@pytest.mark.parametrize("name", ["sima", "xnorm", "vit, mean", "vit, mean with class token"])
 def test_single_precision_stays_within_four_times_the_whole_networks_error(name, error):
     model, x = made(name, double=False), image(208, 180, dtype=torch.float32)
     exact = whole(copy.deepcopy(model).double(), x.double())
@@ -131,6 +131,8 @@ def test_the_network_stays_as_it_is():
     [
         ("sima", {}),
         ("sima", {"token_scale": 7, "qk_norm": True, "scale_norm": True, "norm_layer": nn.LayerNorm}),
+        ("sima", {"eps": 30.0}),
+        ("xnorm", {"eps": 5.0}),
         ("xnorm", {"attn_dim": 6, "gamma": True}),
         ("xnorm", {"qkv_bias": True, "gamma": False}),
         ("aft_simple", {"qkv_bias": True, "qk_norm": True, "norm_layer": nn.LayerNorm}),

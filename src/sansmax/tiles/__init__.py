@@ -42,7 +42,8 @@ def predict_tiled(
     their own padding. Learned positions are resampled to the grid, as set_input_size does.
 
     Sums over tokens are accumulated in float64; all else runs in the dtype and on the device of the weights.
-    Besides the weights, memory holds some arrays of one tile and, of the image, `tile` rows or less.
+    Besides the weights, memory holds some arrays of one tile and, of the image, rows with the pixels of a
+    tile: one row of patches and its neighbours at least, 3 * 3 * patch bytes a column of pixels.
 
     Args:
         model: a Vision Transformer of timm or sansmax, or an XCiT or X-ViT of sansmax, whose layers are

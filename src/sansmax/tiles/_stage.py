@@ -140,7 +140,7 @@ class Pool:
         self.first_alone, self.with_prefix = pool == "token", with_prefix
         self.prefix: Tensor | None = None
         self.sum: Any = 0.0
-        self.number = 0
+        self.number, self.dtype = 0, torch.float64
 
     def count(self, prefix: Tensor | None, x: Tensor) -> None:
         """The tokens of a tile (n, m, C)."""
@@ -150,7 +150,8 @@ class Pool:
             if self.with_prefix and not self.first_alone:
                 self.sum, self.number = found[0].double().sum(0), prefix.shape[1]
         if not self.first_alone:
-            self.sum = self.sum + self.norm(x).double().sum(0)
+            x = self.norm(x)
+            self.sum, self.dtype = self.sum + x.double().sum(0), x.dtype
             self.number += len(x)
 
     def tokens(self) -> Tensor:
@@ -159,11 +160,10 @@ class Pool:
             return self._mean()
         if self.first_alone:
             return self.prefix
-        mean = self._mean().to(self.prefix.dtype)
-        return mean if self.with_prefix else torch.cat([self.prefix, mean], 1)
+        return self._mean() if self.with_prefix else torch.cat([self.prefix, self._mean()], 1)
 
     def _mean(self) -> Tensor:
-        return (self.sum / self.number)[None, None]
+        return (self.sum / self.number)[None, None].to(self.dtype)
 
 
 def check_local(module: nn.Module, name: str, but: nn.Module | None = None) -> None:
