@@ -33,6 +33,7 @@ NETWORK = "sima_tiny_12_p16"
 SIDES = (2048, 8192, 16384)
 # In one piece, 16,384 px need some four times the memory of 8,192.
 ROWS = [("tiled", side) for side in SIDES] + [("whole", side) for side in SIDES[:2]]
+SCALE: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CHECKED = {
     "sima": ("sima_tiny_12_p16", None, {}),
     "xnorm": ("xvit_u_p16", None, {}),
@@ -75,7 +76,7 @@ def whole(path: Path) -> torch.Tensor:
     """The image as the network is given it, all at once."""
     Image.MAX_IMAGE_PIXELS = None
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float().div_(255)
-    mean, std = (torch.tensor(t)[:, None, None] for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(t)[:, None, None] for t in SCALE.values())
     return pixels.sub_(mean).div_(std)[None]
 
 
@@ -102,7 +103,7 @@ def measured(kind: str, side: int, folder: Path, tile: int) -> dict[str, Any]:
     watcher.start()
     start = time.perf_counter()
     if kind == "tiled":
-        logits = sansmax.predict_tiled(model, path, tile=tile)
+        logits = sansmax.predict_tiled(model, path, tile=tile, **SCALE)
     else:
         with torch.inference_mode():
             logits = model(whole(path))
@@ -127,7 +128,7 @@ def errors(mechanism: str, folder: Path, tile: int) -> dict[str, Any]:
     image = whole(path)
     with torch.inference_mode():
         exact = copy.deepcopy(model).double()(image.double())
-        found = {"whole": model(image), "tiled": sansmax.predict_tiled(model, path, tile=tile)}
+        found = {"whole": model(image), "tiled": sansmax.predict_tiled(model, path, tile=tile, **SCALE)}
     largest = exact.abs().max()
     return {"mechanism": mechanism, "network": CHECKED[mechanism][0]} | {
         name: ((y.double() - exact).abs().max() / largest).item() for name, y in found.items()
