@@ -85,7 +85,9 @@ class Scratch:
             self._seek(row, box.left)
             view = _bytes(line)
             while view:
-                view = view[self.file.readinto(view) :]
+                if not (got := self.file.readinto(view)):
+                    raise OSError("scratch: expected the tokens written before, got the end of the file")
+                view = view[got:]
         return x.to(self.weight.device)
 
     def write(self, box: Box, x: Tensor) -> None:
