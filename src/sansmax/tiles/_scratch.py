@@ -86,7 +86,9 @@ class Scratch:
             view = _bytes(line)
             while view:
                 if not (got := self.file.readinto(view)):
-                    raise OSError("scratch: expected the tokens written before, got the end of the file")
+                    raise OSError(
+                        "scratch: expected the tokens written before, got the end of the file; run again"
+                    )
                 view = view[got:]
         return x.to(self.weight.device)
 
