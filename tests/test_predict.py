@@ -433,3 +433,106 @@ def test_parquet_without_pyarrow_names_the_extra(run, images, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install sansmax\[data\]"):
         predict(load_network(run), str(images), tmp_path / "out.parquet")
+
+
+def in_one_piece(network, path):
+    """The network at the image's own size, filled up with zeros to whole patches of 8."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(t)[:, None, None] for t in (network.mean, network.std))
+    height, width = pixels.shape[1:]
+    pixels = torch.nn.functional.pad((pixels - mean) / std, (0, -width % 8, 0, -height % 8))
+    network.model.set_input_size(tuple(pixels.shape[1:]))
+    with torch.no_grad():
+        return network.model.forward_features(pixels[None])
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_tiles_of_images_at_their_own_size(name, images, tmp_path):
+    write_run(tmp_path / "run", mechanism="sima")
+    picture(20, (51, 67)).save(images / "large.png")
+    (images / "cut.png").write_bytes((images / "large.png").read_bytes()[:3000])
+    write_tar(images / "set.tar", ["1.png"])
+    out = tmp_path / name
+    command(tmp_path / "run", images, out=out, tile=16, top_k=2, embeddings=True, scratch=tmp_path / "run")
+    if name.endswith("csv"):
+        rows = {row["path"]: row for row in rows_of(out)}
+        embeddings = {key: [*map(float, row["embedding"].split())] for key, row in rows.items()}
+    else:
+        table = pytest.importorskip("pyarrow.parquet").read_table(out).to_pylist()
+        rows = {row["path"]: row for row in table}
+        embeddings = {key: row["embedding"] for key, row in rows.items()}
+    assert len(rows) == 16
+    assert rows["cut.png"]["error"]
+    assert not rows["cut.png"]["top1"]
+    assert [key for key, row in rows.items() if row["error"]] == ["cut.png"]
+    network = load_network(str(tmp_path / "run"))
+    write_tar(tmp_path / "set.tar", ["1.png"])
+    with tarfile.open(tmp_path / "set.tar") as tar:
+        tar.extract("1.png", tmp_path, filter="data")
+    paths = {"set.tar/1.png": tmp_path / "1.png"}
+    for key in ("large.png", "a/0.png", "set.tar/1.png"):
+        features = in_one_piece(network, paths.get(key, images / key))
+        share, index = network.model.forward_head(features)[0].softmax(0).topk(2)
+        assert [rows[key][f"top{i}"] for i in (1, 2)] == [CLASSES[i] for i in index]
+        got = [float(rows[key][f"top{i}_probability"]) for i in (1, 2)]
+        assert got == pytest.approx(share.tolist(), rel=1e-4)
+        want = network.model.forward_head(features, pre_logits=True)[0].tolist()
+        assert embeddings[key] == pytest.approx(want, rel=1e-3, abs=1e-5)
+
+
+def test_tiles_of_one_image_print_its_classes(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run", mechanism="aft_simple")
+    picture(1, (30, 40)).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for kind in ("csv", "parquet"):
+        out = tmp_path / f"out.{kind}"
+        command(tmp_path / "run", tmp_path / "image.png", "--tile", out=out, top_k=3)
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first == f"{out}: 1 rows, 0 of them with an error"
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        network = load_network(str(tmp_path / "run"))
+        features = in_one_piece(network, tmp_path / "image.png")
+        share, index = network.model.forward_head(features)[0].softmax(0).topk(3)
+        shown = [(line.split()[1], float(line.split()[0].rstrip("%")) / 100) for line in lines]
+        assert [name for name, _ in shown] == [CLASSES[i] for i in index]
+        assert [p for _, p in shown] == pytest.approx(share.tolist(), abs=1e-4)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert json.loads((tmp_path / "out.csv.json").read_text())["tile"] == 1024
+    command(tmp_path / "run", tmp_path / "image.png", out=tmp_path / "whole.csv")
+    assert "Use --tile." in rows_of(tmp_path / "whole.csv")[0]["error"]
+    (tmp_path / "image.png").write_bytes((tmp_path / "image.png").read_bytes()[:200])
+    command(tmp_path / "run", tmp_path / "image.png", "--tile", 8, out=tmp_path / "cut.csv")
+    first, reason = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("1 rows, 1 of them with an error")
+    assert reason == rows_of(tmp_path / "cut.csv")[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "words", "sentence"),
+    [
+        ("soft", ["--tile", "16"], "predict_tiled: expected layers that need of all tokens only sums"),
+        ("sima", ["--tile", "12"], "tile: expected a multiple of the patch of 8 pixels, got 12; use 16"),
+        ("sima", ["--tile", "16", "--img-size", "24"], "img_size: expected none with --tile"),
+        ("sima", ["--scratch", "."], "scratch: expected none without --tile, got .; leave it out"),
+        (
+            "sima",
+            ["--tile", "16", "--scratch", "nowhere"],
+            "scratch: expected a folder, got nowhere; make it",
+        ),
+    ],
+)
+def test_tiles_that_are_refused(mechanism, words, sentence, images, tmp_path, capsys):
+    write_run(tmp_path / "run", mechanism=mechanism)
+    command(tmp_path / "run", images, *words, out=tmp_path / "out.csv", code=2)
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"sansmax: {sentence}")
+    assert len(captured.err.splitlines()) == 1
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_tiles_without_pyvips_name_the_extra(images, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run", mechanism="sima")
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    command(tmp_path / "run", images, "--tile", out=tmp_path / "out.csv", code=2)
+    assert "pip install sansmax[tiles]" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out.csv*"))

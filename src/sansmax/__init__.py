@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sansmax.export import export_model
     from sansmax.maps import attention_map, attention_rollout
     from sansmax.models import create_model, load_published, optimize_for_inference
+    from sansmax.tiles import predict_tiled
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "models",
     "newton_inverse",
     "optimize_for_inference",
+    "predict_tiled",
     "register_transformers",
     "sima",
     "sima_init_state",
@@ -83,6 +85,7 @@ _ELSEWHERE = {
     "export_model": "export",
     "load_published": "models",
     "optimize_for_inference": "models",
+    "predict_tiled": "tiles",
     "register_transformers": "adapt.transformers",
     "swap": "adapt.swap",
 }

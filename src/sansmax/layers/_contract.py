@@ -52,6 +52,7 @@ class Mixer(nn.Module):
 
     traits: ClassVar[Traits]
     attention_map: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = False  # token_sums and from_sums
     head_norms: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
     # Parameters that cancel in the output and are there for published weights.
     unused: tuple[str, ...] = ()
@@ -166,6 +167,18 @@ class Mixer(nn.Module):
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         """y (..., attn_dim) -> (..., C); x is what the layer was given, for those that add it themselves."""
         return self.proj_drop(self.proj(self.norm(y)))
+
+    def token_sums(self, x: Tensor, before: Any = None) -> Any:
+        """What `forward` needs of all tokens, summed in float64 over x (B, N, C) on top of `before`.
+
+        `before` is what the call for an earlier part of the tokens gave. Its size does not depend on their
+        number.
+        """
+        raise ValueError(f"{self.name}: there is no form in parts; use SimA, XNorm or AFTSimple")
+
+    def from_sums(self, x: Tensor, sums: Any) -> Tensor:
+        """What `forward` gives for x (B, n, C), some of the tokens, where `sums` are the sums over all."""
+        raise ValueError(f"{self.name}: there is no form in parts; use SimA, XNorm or AFTSimple")
 
     def map_product(
         self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None

@@ -87,6 +87,14 @@ class HeadsMixer(Mixer):
             q, (k, v) = q.transpose(1, 2), kv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
+    def queries(self, x: Tensor) -> Tensor:
+        """q of `heads` without its k and v."""
+        return self.heads(x, x[:, :0])[0]
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of `heads` without its q."""
+        return self.heads(x[:, :0], x)[1:]
+
     def map_product(
         self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:

@@ -1,10 +1,11 @@
 """AFT-simple: one gated average over all tokens, without position biases."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.aft import aft_simple, aft_simple_init_state, aft_simple_step
 from ..ops.aft._triple import Triple
-from ..ops.aft.simple import flops
+from ..ops.aft.simple import flops, parts
 from ._aft import PAPER, AFTMixer
 from ._contract import Grid, Traits
 from ._parts import state_dtype
@@ -32,11 +33,21 @@ class AFTSimple(AFTMixer):
         streaming=True,
         exp_free=False,
     )
+    in_parts = True
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grid: Grid | None
     ) -> Tensor:
         return aft_simple(q, k, v, causal=causal, mask=mask)
+
+    def token_sums(self, x: Tensor, before: Triple | None = None) -> Triple:
+        _, k, v = self.channels(x)
+        return parts.summed(k, v, before)
+
+    def from_sums(self, x: Tensor, sums: Triple) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[: self.attn_dim]
+        q = self.by_head(self.q_norm, F.linear(x, self.qkv.weight[: self.attn_dim], bias))
+        return self.output(parts.applied(q, sums), x)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: Triple) -> tuple[Tensor, Triple]:
         return aft_simple_step(q, k, v, state)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _check
-from ..ops.sima import SimAState, flops, sima, sima_init_state, sima_step
+from ..ops.sima import SimAState, flops, parts, sima, sima_init_state, sima_step
 from ._contract import Grid, Traits
 from ._parts import HeadsMixer, state_dtype
 
@@ -46,6 +46,7 @@ class SimA(HeadsMixer):
         streaming=True,
         exp_free=True,
     )
+    in_parts = True
 
     def __init__(
         self,
@@ -85,6 +86,16 @@ class SimA(HeadsMixer):
             return y * (q.shape[2] / self.token_scale)
         tokens = tokens.to(torch.promote_types(y.dtype, torch.float32))
         return y * (tokens / self.token_scale).to(y.dtype)
+
+    def token_sums(self, x: Tensor, before: State | None = None) -> State:
+        sums, tokens = (None, 0) if before is None else before
+        return State(parts.summed(*self.heads(x), sums), tokens + x.shape[1])
+
+    def from_sums(self, x: Tensor, sums: State) -> Tensor:
+        y = parts.applied(self.queries(x), sums.sums, self.eps)
+        if self.token_scale is not None:
+            y = y * (sums.tokens / self.token_scale)
+        return self.output(y.transpose(1, 2).flatten(2), x)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         y, sums = sima_step(q, k, v, state.sums, eps=self.eps)

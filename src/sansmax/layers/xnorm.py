@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _check
-from ..ops.xnorm import XNormState, flops, xnorm, xnorm_init_state, xnorm_step
+from ..ops.xnorm import XNormState, flops, parts, xnorm, xnorm_init_state, xnorm_step
 from ..ops.xnorm._norms import row_scale
 from ._contract import Grid, Traits
 from ._parts import HeadsMixer, kept, state_dtype
@@ -36,6 +36,7 @@ class XNorm(HeadsMixer):
         streaming=True,
         exp_free=True,
     )
+    in_parts = True
 
     def __init__(
         self,
@@ -69,6 +70,13 @@ class XNorm(HeadsMixer):
         rows = kept(rows, mask)[:, None, None].double()
         found = (rows @ q @ k.mT).squeeze(-2) * norms.reciprocal().mean(-1)
         return found.to(torch.promote_types(x.dtype, torch.float32))
+
+    def token_sums(self, x: Tensor, before: XNormState | None = None) -> XNormState:
+        return parts.summed(*self.keys(x), before)
+
+    def from_sums(self, x: Tensor, sums: XNormState) -> Tensor:
+        y = parts.applied(self.queries(x), sums, self.gamma, self.eps)
+        return self.output(y.transpose(1, 2).flatten(2), x)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: XNormState) -> tuple[Tensor, XNormState]:
         return xnorm_step(q, k, v, state, self.gamma, eps=self.eps)

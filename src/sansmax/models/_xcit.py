@@ -22,6 +22,7 @@ from ..layers import Mixer
 from ..layers._contract import Grid
 from ..ops._backend import no_autocast
 from ..ops._split import split_heads
+from ..ops.sima import SimAState, parts
 from ._inference import scale_outputs
 
 __all__ = ["MixerXCBlock", "SimAClassAttention", "SimAClassAttentionBlock", "XCiT", "create_xcit"]
@@ -67,7 +68,20 @@ class SimAClassAttention(nn.Module):
             q_sum, k_sum = (t.abs().sum(-2, keepdim=True).clamp(min=self.eps) for t in (q, k))
             attention = self.attn_drop((q[:, :, :1] / q_sum / k_sum) @ k.mT)  # (B, H, 1, N)
             out = (attention @ v.to(work)).to(v.dtype)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.output(out)
+
+    def token_sums(self, x: Tensor, before: SimAState | None = None) -> SimAState:
+        """See Mixer; the class token's first part begins with it."""
+        return parts.summed(*split_heads(self.qkv(x), self.num_heads), before)
+
+    def from_sums(self, x: Tensor, sums: SimAState) -> Tensor:
+        """What `forward` gives for tokens x of which the first is the class token; see Mixer."""
+        q, _, _ = split_heads(self.qkv(x[:, :1]), self.num_heads)
+        return self.output(parts.applied(q, sums, self.eps))
+
+    def output(self, y: Tensor) -> Tensor:
+        """(B, H, 1, D) -> (B, 1, C)."""
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
 class SimAClassAttentionBlock(ClassAttentionBlock):

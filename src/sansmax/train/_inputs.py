@@ -107,6 +107,8 @@ def _file(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path):
             pass
+    except Image.DecompressionBombError:
+        pass  # an image, of more pixels than PIL decodes
     except Exception as error:
         raise ValueError(
             f"input: expected an image, a folder, a .tar or shards, got {path}, which is no image "

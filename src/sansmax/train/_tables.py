@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMATS", "Columns", "Rows", "format_of"]
+__all__ = ["FORMATS", "Columns", "Rows", "first_row", "format_of"]
 
 ROWS = 4096  # of a row group of Parquet
 Rows = list[dict[str, Any]]
@@ -44,6 +44,11 @@ def format_of(out: Path) -> Any:
     return FORMATS[out.suffix]
 
 
+def first_row(path: Path) -> dict[str, Any]:
+    """Of a table that is not empty."""
+    return format_of(path).first(path)
+
+
 class Csv:
     """UTF-8 with a header; an embedding is one column of numbers with spaces between."""
 
@@ -75,6 +80,12 @@ class Csv:
                         images, errors = images + 1, errors + bool(row[error])
         return images, errors
 
+    @staticmethod
+    def first(path: Path) -> dict[str, Any]:
+        csv.field_size_limit(2**31 - 1)
+        with path.open(encoding="utf-8", newline="") as file:
+            return next(csv.DictReader(file))
+
 
 class Parquet:
     """Strings, float32, and list<float32> for an embedding; zstd."""
@@ -101,6 +112,13 @@ class Parquet:
                         images += batch.num_rows
                         errors += batch.num_rows - batch.column("error").null_count
         return images, errors
+
+    @staticmethod
+    def first(path: Path) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            return next(file.iter_batches(1)).to_pylist()[0]
 
 
 def _schema(columns: Columns) -> Any:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..tasks._data._decode import reason, to_rgb
+from ..tiles import Unreadable, check_tiled, features_tiled
 from ._inputs import Source, images_of, parts_of
 from ._tables import Columns, Rows, format_of
 from .checkpoint import prepare_folder, read_json, replace_file, write_json
@@ -45,9 +47,11 @@ def predict(
     embeddings: bool = False,
     batch_size: int = 128,
     part_size: int = 4096,
+    tile: int | None = None,
+    scratch: Path | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    progress: Callable[[int, int], None] = lambda done, parts: None,
+    progress: Callable[[float, int], None] = lambda done, parts: None,
 ) -> Outcome:
     """Writes the `top_k` classes of every image of `source` to `out`, each image once.
 
@@ -62,7 +66,9 @@ def predict(
         out: a file that ends in .csv or .parquet.
         embeddings: add the input of the network's last layer.
         part_size: images of a part; a .tar is one part.
-        progress: is told the parts that are done, and all of them.
+        tile: read every image at its own size, in tiles of that side; see sansmax.predict_tiled.
+        scratch: the folder for the tiles' tokens.
+        progress: is told the parts that are done, and all of them; of an image in tiles also fractions.
 
     Raises:
         ValueError, OSError: something is missing, out of range, not writable, or was begun with other
@@ -84,6 +90,8 @@ def predict(
             f"network: expected classes, got {network.name}, which has none; add --embeddings for its "
             f"features"
         )
+    if tile is not None:
+        check_tiled(network.model, tile, scratch)
     columns = Columns(min(top_k, network.num_classes), embeddings)
     settings = {
         "network": network.name,
@@ -94,6 +102,7 @@ def predict(
         "img_size": network.img_size,
         "crop": network.crop,
         "part_size": part_size,
+        "tile": tile,
         "precision": precision,
     }
     work = _Work(out, settings)
@@ -105,11 +114,17 @@ def predict(
         count = work.count()
         with warnings.catch_warnings():  # PIL warns of odd metadata in images that it reads well
             warnings.simplefilter("ignore")
+            own = len(range(rank, count, world))
             for number, part in work.parts(rank, world):
                 if not work.part(number).exists() and not work.out.exists():
-                    batches = _predicted(network, part, columns, batch_size, where, precision)
+                    if tile is None:
+                        batches = _predicted(network, part, columns, batch_size, where, precision)
+                    else:
+                        share = partial(_share_of_part, progress, number // world, own)
+                        words = {"tile": tile, "scratch": scratch, "progress": share}
+                        batches = _predicted_tiled(network, part, columns, words, where, precision)
                     replace_file(work.part(number), lambda path, b=batches: table.write(path, columns, b))
-                progress(number // world + 1, len(range(rank, count, world)))
+                progress(number // world + 1, own)
         if missing := work.missing(count):
             return Outcome(0, 0, missing)
         work.join(table, columns, count)
@@ -253,7 +268,6 @@ def _predicted(
     network: Network, part: Any, columns: Columns, batch_size: int, device: torch.device, precision: str
 ) -> Iterator[Rows]:
     """Rows of a part, a batch at a time, in the order of the part."""
-    model: Any = network.model
     labels = network.labels()
     decoded = _decoded(images_of(part), network.transform(), 2 * batch_size)
     while batch := list(itertools.islice(decoded, batch_size)):
@@ -268,26 +282,65 @@ def _predicted(
                 torch.inference_mode(),
                 torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
             ):
-                found = _forward(model, torch.stack(inputs).to(device), columns)
-            readable = (row for row in rows if row["error"] is None)
-            for row, index, share, embedding in zip(readable, *found, strict=True):
-                for i, (k, p) in enumerate(zip(index, share, strict=True), 1):
-                    row[f"top{i}"], row[f"top{i}_probability"] = labels[k], p
-                if embedding is not None:
-                    row["embedding"] = embedding
+                found = _forward(network.model, torch.stack(inputs).to(device), columns)
+            _fill([row for row in rows if row["error"] is None], found, labels)
         yield rows
+
+
+def _predicted_tiled(
+    network: Network, part: Any, columns: Columns, words: dict[str, Any], device: torch.device, precision: str
+) -> Iterator[Rows]:
+    """Rows of a part, an image at a time, each read at its own size in tiles."""
+    for name, source in images_of(part):
+        row: dict[str, Any] = {"path": _text(name), "error": None}
+        if isinstance(source, str):
+            row["error"] = _text(source)
+        else:
+            try:
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+                ):
+                    own = {"mean": network.mean, "std": network.std}
+                    features = features_tiled(network.model, source, **own, **words)
+                    _fill([row], _of_features(network.model, features, columns), network.labels())
+            except Unreadable as error:
+                row["error"] = _text(error.reason)
+        yield [row]
+
+
+def _share_of_part(
+    progress: Callable[[float, int], None], number: int, parts: int, done: int, tiles: int
+) -> None:
+    progress(number + done / (tiles + 1), parts)
+
+
+def _fill(rows: Rows, found: tuple[Any, Any, Any], labels: list[str]) -> None:
+    """Into the rows of images what the network has found in them."""
+    for row, index, share, embedding in zip(rows, *found, strict=True):
+        for i, (k, p) in enumerate(zip(index, share, strict=True), 1):
+            row[f"top{i}"], row[f"top{i}_probability"] = labels[k], p
+        if embedding is not None:
+            row["embedding"] = embedding
 
 
 def _forward(model: Any, images: Tensor, columns: Columns) -> tuple[Any, Any, Any]:
     """Classes by falling probability, these, and embeddings, as lists of rows."""
-    nothing: list[Any] = [[]] * len(images)
-    embeddings: Any = [None] * len(images)
     if columns.embeddings:
-        features = model.forward_features(images)
+        return _of_features(model, model.forward_features(images), columns)
+    return _ranked(model(images), [None] * len(images), columns)
+
+
+def _of_features(model: Any, features: Tensor, columns: Columns) -> tuple[Any, Any, Any]:
+    """The same, of what forward_head takes."""
+    embeddings: Any = [None] * len(features)
+    if columns.embeddings:
         embeddings = model.forward_head(features, pre_logits=True).float().flatten(1).cpu().numpy()
-        logits = model.forward_head(features) if columns.top_k else None
-    else:
-        logits = model(images)
+    return _ranked(model.forward_head(features) if columns.top_k else None, embeddings, columns)
+
+
+def _ranked(logits: Tensor | None, embeddings: Any, columns: Columns) -> tuple[Any, Any, Any]:
+    nothing: list[Any] = [[]] * len(embeddings)
     if logits is None:
         return nothing, nothing, embeddings
     share, index = logits.float().softmax(1).topk(columns.top_k)
@@ -305,6 +358,8 @@ def _decoded(
         try:
             with Image.open(source) as opened:
                 return transform(to_rgb(opened))
+        except Image.DecompressionBombError as error:
+            return f"{reason(error)} Use --tile."
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
             return reason(error, source if isinstance(source, Path) else "")
 
