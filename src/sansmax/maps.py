@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .layers import Mixer
 from .layers._contract import Grid
 
-__all__ = ["attention_map", "attention_rollout", "or_middle", "overlay", "picture"]
+__all__ = ["attention_map", "attention_rollout", "layers_run", "or_middle", "overlay", "picture"]
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,14 @@ def _watched(model: nn.Module, found: list[Seen]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def layers_run(model: nn.Module, image: Tensor) -> list[tuple[str, Mixer]]:
+    """The layers of sansmax that took part, by name, in the order in which they ran."""
+    try:
+        return [(seen.name, seen.layer) for seen in _layers_run(model, _single(image))]
+    except ValueError:
+        return []
 
 
 def _chosen(found: list[Seen], layer: int | str) -> int:

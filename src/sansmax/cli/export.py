@@ -13,7 +13,9 @@ NO_DATA = Data(root="", split="validation")
 def main(
     what: Annotated[str, tyro.conf.Positional],
     /,
-    out: Path,
+    out: Path | None = None,
+    web: Path | None = None,
+    beside: str = "",
     format: Literal["onnx", "program", "both"] = "both",
     img_size: tuple[int, ...] = (),
     opset: int | None = None,
@@ -29,7 +31,7 @@ def main(
     latency: float = 4.0,
 ) -> None:
     """Writes WHAT as graphs into the new folder OUT, with a model card; nothing is kept that differs from
-    PyTorch.
+    PyTorch. With --web instead, a page that runs it in a browser.
 
     Of a run of characters or pixels it is one step, with the state as inputs and outputs.
 
@@ -37,6 +39,10 @@ def main(
         what: a run folder, a .safetensors file, name=checkpoint, or a name of timm with weights.
         out: a folder that does not exist yet, for model.onnx, model.pt2, model.int8.onnx, README.md and
             report.json.
+        web: a folder that does not exist yet, for a page to be served by any web server, as python -m
+            http.server does.
+        beside: with --web, a trained network with softmax for the comparison (default: the same network with
+            softmax, for its time alone).
         format: onnx, program (torch.export) or both.
         img_size: sides of the images; the first is traced, and all are checked and timed (default: the one
             the network was trained with).
@@ -57,6 +63,16 @@ def main(
     from ..export import export_model
     from ..train.trained import module_of
 
+    if (out is None) == (web is None) or (beside and web is None):
+        raise ValueError(
+            "out, web: expected a folder for graphs or one for a page, and --beside with a page alone, got "
+            f"{'both' if out and web else 'another choice'}; give --out FOLDER or --web FOLDER"
+        )
+    if web is not None:
+        told = _page(what, web, beside, untrained)
+        print(told)
+        return
+    assert out is not None
     if min((1, *img_size)) < 1 or calibration_images < 1 or latency < 0:
         raise ValueError(
             "img_size, calibration_images, latency: expected numbers above 0; leave them out if unsure"
@@ -93,6 +109,41 @@ def main(
     )
     for line in _told(out, report):
         print(line)
+
+
+def _page(what: str, web: Path, beside: str, untrained: bool) -> str:
+    from functools import partial
+
+    from ..export.web import Shown, export_web, free_size
+    from ..train.network import Network, build, load_network
+
+    def shown(network: Network) -> Shown:
+        made = partial(
+            build,
+            network.made["model"],
+            network.made["mechanism"],
+            img_size=network.img_size,
+            num_classes=network.num_classes,
+            in_chans=network.in_chans,
+            **network.made["model_args"],
+        )
+        model = free_size(network.model, made)
+        labels = network.labels() if network.num_classes else []
+        return Shown(model, network.name, labels, network.img_size, network.crop, network.mean, network.std)
+
+    given = load_network(what, untrained=untrained)
+    if not given.num_classes:
+        raise ValueError(
+            f"web: expected a network with classes, got {given.name}, which has none; give another"
+        )
+    about = export_web(shown(given), web, shown(load_network(beside)) if beside else None)
+    sizes = about["main"]["sizes"]
+    some = f"{sizes[0]} to {sizes[-1]} px" if len(sizes) > 1 else f"{sizes[0]} px alone"
+    reason = about["main"].get("why_no_map", "")
+    return (
+        f"{web}: {given.name} at {some}{f'; no attention map, because {reason}' if reason else ''}; "
+        f"python -m http.server -d {web}"
+    )
 
 
 def _of_run(what: str, sizes: list[tuple[int, int]]) -> tuple[Any, dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops import _check
 from ..ops.sima import SimAState, flops, parts, sima, sima_init_state, sima_step
 from ._contract import Grid, Traits
-from ._parts import HeadsMixer, state_dtype
+from ._parts import HeadsMixer, kept, state_dtype
 
 __all__ = ["SimA"]
 
@@ -86,6 +86,15 @@ class SimA(HeadsMixer):
             return y * (q.shape[2] / self.token_scale)
         tokens = tokens.to(torch.promote_types(y.dtype, torch.float32))
         return y * (tokens / self.token_scale).to(y.dtype)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer. With queries and keys exchanged the map is its transpose."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        q, k, _ = self.heads(x)
+        values = kept(rows, mask)[:, None, :, None].to(q.dtype).expand(-1, q.shape[1], -1, -1)
+        return self.attend(k, q, values, mask, False).squeeze(-1)
 
     def token_sums(self, x: Tensor, before: State | None = None) -> State:
         sums, tokens = (None, 0) if before is None else before
