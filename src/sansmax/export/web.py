@@ -105,8 +105,8 @@ def _written(shown: Shown, folder: Path, name: str) -> dict[str, Any]:
     subject = images(model, len(shown.mean), (side, side))
     example = subject.example(1, (side, side))[0]
     layer, grid = _last_layer(model, example)
+    wrapped = _WithTokens(model, layer)
     if layer is not None:
-        wrapped = _WithTokens(model, layer)
         subject = replace(subject, module=wrapped, outputs=("logits", "tokens"))
     sizes = _graph(subject, folder / f"{name}.onnx", _sizes(subject, side, grid))
     told = {
@@ -142,7 +142,7 @@ def _written(shown: Shown, folder: Path, name: str) -> dict[str, Any]:
 class _WithTokens(nn.Module):
     """image -> logits, and what entered one of the layers."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layer: Any) -> None:
         super().__init__()
         self.model, self.layer = model, layer
 
