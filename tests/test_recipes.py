@@ -81,6 +81,7 @@ DEIT = {
     "distil.kind": "hard",
     "distil.alpha": 0.5,
     "distil.tau": 1.0,
+    "distil.features": 0.0,
 }
 T2T = {
     "eval_crop": 0.9,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import onnxruntime
@@ -145,3 +146,13 @@ def test_what_cannot_be_is_one_sentence(flags, sentence, run, tmp_path, capsys):
     assert (out, err.count("\n")) == ("", 1)
     assert sentence in err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_without_its_packages_it_says_what_to_install(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "export: expected onnxruntime to be installed" in err
+    assert "pip install sansmax[onnx]" in err
+    assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_a_page_without_a_map_says_why(mechanism, runtime, tmp_path):
     options = {"mechanism_args": {"landmarks": 4}} if mechanism == "soft" else {}
     told = export_web(shown(mechanism, depth=1, **options), tmp_path / "page")["main"]
     assert told["map"] is None
-    assert told["why_no_map"].startswith("export: expected a network that torch.export can write down")
+    assert told["why_no_map"].endswith("cannot be written as a graph")
     assert not (tmp_path / "page/main-map.onnx").exists()
 
 
@@ -97,6 +97,14 @@ def test_a_network_of_one_size_takes_any_where_it_can(runtime):
     image = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(free(image), given.model(image))
     assert free(torch.randn(1, 3, 48, 48)).shape == (1, 7)
+
+
+def test_the_network_stays_as_it_was(runtime, tmp_path):
+    given = shown()
+    given.model.double().train()
+    export_web(given, tmp_path / "page")
+    assert given.model.training
+    assert all(p.dtype == torch.float64 and p.requires_grad for p in given.model.parameters())
 
 
 def test_nothing_is_left_where_it_fails(monkeypatch, tmp_path):
@@ -178,12 +186,15 @@ def test_in_a_browser(tmp_path):
             torch.testing.assert_close(shares, best.values, rtol=1e-3, atol=1e-4)
     # The pixels are those of the photograph, as PyTorch's own path sees them but for the filter of resizing.
     result = found["chosen"]["main"]["input"]
-    side = round(32 / 0.875)
+    side = int(32 / 0.875)
     small = photo.resize((round(200 / 133 * side), side), Image.Resampling.BICUBIC)
     left, top = (small.width - 32) // 2, (side - 32) // 2
     pixels = np.asarray(small.crop((left, top, left + 32, top + 32)), np.float32) / 255
     seen = np.array(result["data"], np.float32).reshape(3, 32, 32).transpose(1, 2, 0) * 0.25 + 0.5
     assert np.abs(seen - pixels).mean() < 0.05
+    with torch.no_grad():
+        top = given.model((torch.tensor(pixels).permute(2, 0, 1)[None] - 0.5) / 0.25).argmax().item()
+    assert found["chosen"]["main"]["top"][0]["name"] == CLASSES[top]
     row, column = found["chosen"]["map"]["query"]
     assert found["moved"]["map"]["query"] == [row - 1, column + 1]
     assert found["pointed"]["map"]["query"] == [0, 0]

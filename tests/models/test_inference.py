@@ -107,7 +107,7 @@ def test_half_precision_takes_float_images(error):
     assert error(fast(image), model(image)) < 0.1
 
 
-@pytest.mark.parametrize(("deviation", "bounded"), [(1.0, True), (4.0, False)])
+@pytest.mark.parametrize(("deviation", "bounded"), [(0.5, True), (4.0, False)])
 def test_kernels_of_aft_conv_are_written_down(deviation, bounded, error):
     torch.manual_seed(0)
     words = {"img_size": 20, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 7}

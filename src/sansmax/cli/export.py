@@ -1,5 +1,6 @@
 """A trained network as ONNX, torch.export program and 8 bits, checked, with a card."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,6 +64,13 @@ def main(
     from ..export import export_model
     from ..train.trained import module_of
 
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ValueError(
+                f"export: expected {package} to be installed, got {error}; pip install sansmax[onnx]"
+            ) from None
     if (out is None) == (web is None) or (beside and web is None):
         raise ValueError(
             "out, web: expected a folder for graphs or one for a page, and --beside with a page alone, got "

@@ -1,5 +1,6 @@
 """A static page that runs a network in the browser, beside the same network with softmax."""
 
+import copy
 import json
 import os
 import shutil
@@ -100,7 +101,7 @@ def export_web(shown: Shown, out: str | Path, beside: Shown | None = None) -> di
 
 def _written(shown: Shown, folder: Path, name: str) -> dict[str, Any]:
     """The graphs of one network, and what the page must know of it."""
-    model = shown.model.to("cpu", torch.float32).eval().requires_grad_(False)
+    model = copy.deepcopy(shown.model).to("cpu", torch.float32).eval().requires_grad_(False)
     side = shown.img_size
     subject = images(model, len(shown.mean), (side, side))
     example = subject.example(1, (side, side))[0]
@@ -125,10 +126,10 @@ def _written(shown: Shown, folder: Path, name: str) -> dict[str, Any]:
     tokens = wrapped(example)[1]
     try:
         _map_graph(layer, tokens, folder / f"{name}-map.onnx", len(sizes) > 1)
-    except ValueError as error:
+    except ValueError:
         for left in folder.glob(f"{name}-map.onnx*"):
             left.unlink()
-        return told | {"why_no_map": str(error)}
+        return told | {"why_no_map": f"that of {type(layer).__name__} cannot be written as a graph"}
     rows, columns = grid
     return told | {
         "map": {

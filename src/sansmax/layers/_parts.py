@@ -51,7 +51,15 @@ def pulled_back(mix: Callable[[Tensor], Tensor], values: Tensor, rows: Tensor) -
     """rows A of y = mix(values) = A values, as the gradient of sum(rows y): at the cost of mix's backward.
 
     rows: what broadcasts to y; 0 where a token is masked.
+
+    Raises:
+        ValueError: within torch.export, whose graphs hold no gradient.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "map: expected a call outside of torch.export, got one within, where a map that is found as a "
+            "gradient cannot be written down; use SimA, XNorm, AFTSimple or External Attention"
+        )
     with torch.inference_mode(False), torch.enable_grad():
         values = torch.zeros_like(values, requires_grad=True)
         y = mix(values)

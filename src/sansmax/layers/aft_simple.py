@@ -1,5 +1,6 @@
 """AFT-simple: one gated average over all tokens, without position biases."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from ..ops.aft._triple import Triple
 from ..ops.aft.simple import flops, parts
 from ._aft import PAPER, AFTMixer
 from ._contract import Grid, Traits
-from ._parts import state_dtype
+from ._parts import kept, state_dtype
 
 __all__ = ["AFTSimple"]
 
@@ -39,6 +40,18 @@ class AFTSimple(AFTMixer):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grid: Grid | None
     ) -> Tensor:
         return aft_simple(q, k, v, causal=causal, mask=mask)
+
+    def map_product(
+        self, x: Tensor, rows: Tensor, *, mask: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """See Mixer. All queries have the same weights, softmax over the tokens of k."""
+        x, _, mask = self.received(x, None, False, None, mask)
+        k = self.channels(x)[1].mT
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        hidden = None if mask is None else ~mask[:, None]
+        weights = (k if hidden is None else k.masked_fill(hidden, -torch.inf)).softmax(-1)
+        weights = weights if hidden is None else weights.masked_fill(hidden, 0)
+        return weights * kept(rows, mask).sum(1)[:, None, None].to(weights.dtype)
 
     def token_sums(self, x: Tensor, before: Triple | None = None) -> Triple:
         _, k, v = self.channels(x)
