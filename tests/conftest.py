@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # several processes share the cores
 
-# The first backward decides on autograd's threads. Behind torch.export it would start some, for devices of its
-# pretended tensors, and a forked process, of which there are some here, could then compute no gradient.
+# The first backward decides on autograd's threads. Behind torch.export it would start some, for devices of
+# its pretended tensors, and a forked process, of which there are some here, could compute no gradient.
 torch.ones(1, requires_grad=True).sum().backward()
 
 GOLDEN = Path(os.environ.get("SANSMAX_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
