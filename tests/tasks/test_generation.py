@@ -16,7 +16,7 @@ from scipy.linalg import sqrtm
 
 from sansmax import layers, recipes
 from sansmax.cli import main
-from sansmax.tasks import _features, generation
+from sansmax.tasks import _drawn, _features, generation
 from sansmax.tasks._data import load_images
 from sansmax.tasks._data.draws import Part
 from sansmax.tasks._recipes.generation import Recipe
@@ -277,27 +277,27 @@ def test_the_report_draws_every_figure_by_itself(trained):
 
 def test_noise_between_two_and_within_a_bound():
     first, last = torch.randn(2, 6, 500, generator=torch.Generator().manual_seed(0))
-    path = generation.between(first, last, 7)
+    path = _drawn.between(first, last, 7)
     assert torch.allclose(path[:, 0], first, atol=1e-5)
     assert torch.allclose(path[:, -1], last, atol=1e-4)
     lengths = path.norm(dim=2)
     assert lengths.min() > 0.9 * min(first.norm(dim=1).min(), last.norm(dim=1).min())
-    bound = generation.noises(40, 50, torch.Generator().manual_seed(1), truncation=0.7)
+    bound = _drawn.noises(40, 50, torch.Generator().manual_seed(1), truncation=0.7)
     assert 0.65 < bound.abs().max() <= 0.7
-    free = generation.noises(40, 50, torch.Generator().manual_seed(1), truncation=9.0)
+    free = _drawn.noises(40, 50, torch.Generator().manual_seed(1), truncation=9.0)
     assert free.std() == pytest.approx(1, abs=0.05)
 
 
 def test_a_row_goes_from_one_class_to_the_next(quick):
     task = opened()
     maker = network(task).eval().generator
-    drawn = generation.samples(maker, 3, [4, 7], seed=2, steps=5).view(3, 5, 1, 8, 8)
+    drawn = _drawn.samples(maker, 3, [4, 7], seed=2, steps=5).view(3, 5, 1, 8, 8)
     chance = torch.Generator().manual_seed(2)
-    first, last = (generation.noises(3, 7, chance) for _ in range(2))
+    first, last = (_drawn.noises(3, 7, chance) for _ in range(2))
     labels = torch.tensor([4, 7, 4])
     with torch.no_grad():
-        assert torch.equal(drawn[:, 0], generation.as_bytes(maker(first, labels)))
-        assert (drawn[:, 4].int() - generation.as_bytes(maker(last, 11 - labels)).int()).abs().max() <= 1
+        assert torch.equal(drawn[:, 0], _drawn.as_bytes(maker(first, labels)))
+        assert (drawn[:, 4].int() - _drawn.as_bytes(maker(last, 11 - labels)).int()).abs().max() <= 1
 
 
 def inception_file(path):
